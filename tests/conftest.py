@@ -1,0 +1,98 @@
+"""What the tests share: no network, small encoders that cost little, and picture files."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vggenc import VGG19Encoder
+from vggenc.checkpoint import Checkpoint
+from vggenc.weights import REGISTRY
+
+ROOT = Path(__file__).parent.parent
+PHOTOGRAPHS = ROOT / "examples" / "images"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def alone(request, monkeypatch, tmp_path_factory):
+    """Nothing reaches the network, and nothing is found in this machine's caches."""
+    if request.node.get_closest_marker("network"):
+        return
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("VGGENC_WEIGHTS", raising=False)
+    resolve = socket.getaddrinfo
+
+    def local_only(host, *args, **kwargs):
+        if host not in ("localhost", "127.0.0.1"):
+            raise socket.gaierror(f"the tests block the network: {host}")
+        return resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local_only)
+
+
+@pytest.fixture(scope="session")
+def oxford() -> VGG19Encoder:
+    return VGG19Encoder(3, weights="OXFORD_V1").eval()
+
+
+_BODIES: dict[str, dict[str, torch.Tensor]] = {}
+
+
+@pytest.fixture
+def make_encoder() -> Callable[..., VGG19Encoder]:
+    """Random encoders in evaluation mode, with values that make every layer matter.
+
+    Their 140 M values of stages and `fc_layers` are drawn once a backbone, and shared until `own=True`.
+    """
+
+    def make(k: int = 5, backbone: str = "vgg19_bn", *, own: bool = False) -> VGG19Encoder:
+        torch.manual_seed(0)
+        if backbone not in _BODIES:
+            body = VGG19Encoder(1, backbone=backbone, weights=None).state_dict()
+            _BODIES[backbone] = {key: v for key, v in body.items() if key.startswith(("conv", "fc_layers"))}
+            _randomise_norms(_BODIES[backbone])
+        state = {key: v.clone() if own else v for key, v in _BODIES[backbone].items()}
+        held = frozenset(key.split(".")[0] for key in state)
+        given = Checkpoint("test", "0" * 64, backbone, REGISTRY[0].preprocess, state, held)
+        encoder = VGG19Encoder(k, weights=given).eval()
+        heads = {key: v for key, v in encoder.state_dict().items() if key not in state}
+        for key, value in heads.items():
+            if value.ndim > 1:
+                value.normal_(0, 0.05)
+            elif key.endswith("bias"):
+                value.normal_(0, 0.3)
+        _randomise_norms(heads)
+        return encoder
+
+    return make
+
+
+def _randomise_norms(state: dict[str, torch.Tensor]) -> None:
+    for key, value in state.items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Ten small noise pictures in two levels of folders."""
+    root = tmp_path / "pictures"
+    (root / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels = rng.integers(0, 256, (40 + i, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / ("deep" if i % 3 == 0 else ".") / f"{i}.png")
+    return root

@@ -1,0 +1,45 @@
+"""VGG19 multi-level features for PyTorch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vggenc.encoder import EncoderOutput as EncoderOutput
+    from vggenc.encoder import VGG19Encoder as VGG19Encoder
+    from vggenc.errors import ImageError as ImageError
+    from vggenc.errors import StoreError as StoreError
+    from vggenc.errors import UsageError as UsageError
+    from vggenc.errors import VggencError as VggencError
+    from vggenc.errors import WeightsError as WeightsError
+    from vggenc.init import weight_init as weight_init
+    from vggenc.options import Options as Options
+    from vggenc.pipeline import FeatureBatch as FeatureBatch
+    from vggenc.pipeline import Summary as Summary
+    from vggenc.pipeline import extract as extract
+    from vggenc.pipeline import iter_features as iter_features
+    from vggenc.store import read_features as read_features
+
+__version__ = "0.1.0"
+
+# Public names by module, imported on first use, so that `vggenc --help` doesn't wait for torch.
+_PUBLIC = {
+    "encoder": ["EncoderOutput", "VGG19Encoder"],
+    "errors": ["ImageError", "StoreError", "UsageError", "VggencError", "WeightsError"],
+    "init": ["weight_init"],
+    "options": ["Options"],
+    "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],
+    "store": ["read_features"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vggenc' has no attribute {name!r}")
+    value = getattr(import_module(f"vggenc.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, "__version__"])

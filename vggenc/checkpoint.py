@@ -1,0 +1,189 @@
+"""How a file of weights becomes a verified state dict in the encoder's names, and back."""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model_builder
+
+from vggenc.errors import UsageError, WeightsError, one_of
+from vggenc.images import Preprocess
+from vggenc.stages import BACKBONES, MODULES, STAGES
+from vggenc.weights import REGISTRY, fetch, file_sha256, find_entry
+
+METADATA_KEY = "vggenc"
+"""Where a safetensors file of this package says what it is."""
+
+
+class Checkpoint(NamedTuple):
+    """A verified file, in the encoder's own names."""
+
+    name: str
+    """The registry's name for it, else the file's name."""
+    sha256: str
+    backbone: str
+    preprocess: Preprocess
+    state: dict[str, Tensor]
+    trained: frozenset[str]
+    """Modules whose values were trained."""
+
+    @property
+    def k(self) -> int | None:
+        """The number of attributes its heads were made for; None where it has no heads."""
+        head = self.state.get("bn1.weight")
+        return None if head is None else len(head)
+
+
+def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = None) -> Checkpoint:
+    """Read weights by registry name, torchvision enum member or path, verified and in the encoder's names.
+
+    A path may be a `.safetensors` file, anything that `torch.save` wrote (never unpickled freely), or a
+    folder that `save_pretrained` wrote. Its keys may be this package's or torchvision's, wrapped in
+    `state_dict` or `model`, and prefixed `module.` or `_orig_mod.`. A file of the registry is known by its sha256.
+
+    Raises:
+        UsageError: no such name or file, or a backbone that contradicts the weights.
+        WeightsError: a file that is missing, damaged, or doesn't hold a VGG19 of that backbone.
+    """
+    if backbone not in (None, *BACKBONES):
+        raise one_of("backbone", backbone, BACKBONES)
+    if isinstance(weights, WeightsEnum):
+        file = fetch(find_entry(weights, backbone))
+    elif (path := Path(weights)).exists() and str(weights) not in {entry.name for entry in REGISTRY}:
+        file = path / "model.safetensors" if path.is_dir() else path
+    elif isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
+        raise UsageError(f"no such weights file: {path}")
+    else:
+        file = fetch(find_entry(weights, backbone))
+
+    digest = file_sha256(file)
+    entry = next((entry for entry in REGISTRY if digest.startswith(entry.sha256)), None)
+    state, about = _read(file)
+    if entry is not None and entry.package:
+        state = _from_palette(state)
+    found = entry.backbone if entry else about.get("backbone") or _guess_backbone(state)
+    if backbone not in (None, found):
+        raise UsageError(f"{file} holds weights of {found}, not of backbone {backbone!r}")
+    state = {own: value for key, value in state.items() if (own := _own_key(key, found)) is not None}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise WeightsError(f"{file} is damaged: {key} holds NaN or infinity")
+    held = frozenset(key.split(".")[0] for key in state) & frozenset(MODULES)
+    if not held:
+        raise WeightsError(f"{file} holds no layer of this network; its keys begin {_some(state)}")
+    return Checkpoint(
+        name=entry.name if entry else about.get("weights", file.name),
+        sha256=digest,
+        backbone=found,
+        preprocess=entry.preprocess if entry else about.get("preprocess", REGISTRY[0].preprocess),
+        state=state,
+        trained=held & frozenset(about.get("trained", held)),
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, without wrappers and prefixes, and what a file of this package says of itself."""
+    about = {}
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                content: Any = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+                about = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
+                if "preprocess" in about:
+                    about["preprocess"] = Preprocess.from_json(about["preprocess"])
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(
+            f"{file} can't be read as a checkpoint: {type(error).__name__}: {reason}"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise WeightsError(f"{file} holds no state dict, but a {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise WeightsError(f"{file} holds no state dict: {key!r} is a {type(value).__name__}")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+    return {key: v.float() if v.is_floating_point() else v for key, v in state.items()}, about
+
+
+def _from_palette(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Oxford file: each weight is an index (uint8) into 256 values of its layer; BGR becomes RGB."""
+    with torch.device("meta"):
+        features = get_model_builder("vgg19")(init_weights=False).features
+    convolutions = [i for i, layer in enumerate(features) if isinstance(layer, nn.Conv2d)]
+    names = sorted(key.removesuffix("_W_q") for key in packed if key.endswith("_W_q"))
+    state = {}
+    for name, index in zip(names, convolutions, strict=True):
+        weight = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
+        state[f"features.{index}.weight"] = weight.flip(1).contiguous() if index == 0 else weight
+        state[f"features.{index}.bias"] = packed[f"{name}_b"]
+    return state
+
+
+def _guess_backbone(state: Iterable[str]) -> str:
+    with_norm = any(key.endswith("running_mean") and not key.startswith("bn") for key in state)
+    return "vgg19_bn" if with_norm else "vgg19"
+
+
+def _own_key(key: str, backbone: str) -> str | None:
+    """The encoder's name for a key of torchvision's VGG19; None for the last layer, which is left out."""
+    match = re.fullmatch(r"(features|classifier)\.(\d+)\.(.+)", key)
+    if not match:
+        return key
+    part, index, rest = match[1], int(match[2]), match[3]
+    if part == "classifier":
+        return None if index == 6 else f"fc_layers.{index}.{rest}"
+    start = 0
+    for stage in STAGES[:-1]:
+        if index < stage.end[backbone]:
+            return f"{stage.name}.{index - start}.{rest}"
+        start = stage.end[backbone]
+    return f"{STAGES[-1].name}.{index - start}.{rest}"
+
+
+def check_keys(found: Iterable[str], expected: Iterable[str], source: str) -> None:
+    """Compare the keys of a checkpoint with those of the modules that it holds.
+
+    Raises:
+        WeightsError: keys are missing or unexpected; the message names them.
+    """
+    found, expected = set(found), set(expected)
+    held = {key.split(".")[0] for key in found}
+    missing = sorted(key for key in expected - found if key.split(".")[0] in held)
+    unexpected = sorted(found - expected)
+    problems = [
+        f"{what} {_some(keys)}"
+        for what, keys in (("misses", missing), ("has unexpected", unexpected))
+        if keys
+    ]
+    if problems:
+        raise WeightsError(f"{source} doesn't fit this encoder: it {' and it '.join(problems)}")
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write a safetensors file that says what it is; it appears under its name only when it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(state, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(about)})
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{file} can't be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

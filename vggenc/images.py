@@ -1,0 +1,297 @@
+"""From what the user names to upright RGB pixels: find, decode, preprocess."""
+
+import glob
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import functional as F
+
+from vggenc.errors import ImageError, UsageError
+from vggenc.options import MAX_PIXELS
+
+Image.init()  # so that Image.OPEN holds every format that this Pillow reads
+
+# Pillow's names of the formats that are read, and the suffixes by which a folder's images are known.
+# Formats that run other programs (EPS) or that no photograph comes in are left out; HEIC is listed so
+# that such a file becomes a failed row instead of being passed over in silence.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "ICO": (".ico",),
+    "TGA": (".tga",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif"),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+# EXIF orientation -> the transposition that makes the picture upright (EXIF 2.32, tag 0x0112).
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A picture longer than this many times its width is cut to its middle before it is resized: the centre
+# crop sees nothing beyond, and a strip of 1 x 20,000 pixels would become 256 x 5,120,000.
+_LONGEST = 16
+
+
+class ImageList(NamedTuple):
+    """The input files of a run, in order: `paths` are relative to the folder `root`, with forward slashes."""
+
+    root: str
+    paths: list[str]
+
+    def file(self, index: int) -> str:
+        """Where the file of a row lies."""
+        return os.path.join(self.root, self.paths[index])
+
+
+def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageList:
+    """List image files in a fixed order, each once.
+
+    Args:
+        inputs: one or more of: a file; a folder (searched through all levels for the suffixes of `FORMATS`,
+            in sorted order); a glob pattern (`**` for any depth); `@list.txt`, a UTF-8 file that names one
+            file a line, relative to the working directory. Files named one by one need no known suffix.
+
+    Returns:
+        The files. `root` is the folder if it is the only input, else the deepest folder common to all. A
+        sub-folder that can't be listed stands in the list by its own name, so that it isn't passed over.
+
+    Raises:
+        UsageError: an input that doesn't exist, or no image at all.
+    """
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    names = [os.fspath(name) for name in given]
+    files = dict.fromkeys(os.path.abspath(file) for name in names for file in _expand(name))
+    if not files:
+        raise UsageError(f"no images in {', '.join(names) or 'an empty list of inputs'}")
+    if len(names) == 1 and os.path.isdir(names[0]):
+        root = os.path.abspath(names[0])
+    else:
+        root = os.path.commonpath([os.path.dirname(file) for file in files])
+    return ImageList(root, [Path(os.path.relpath(file, root)).as_posix() for file in files])
+
+
+def _expand(name: str) -> Iterator[str]:
+    if os.path.isdir(name):
+        yield from sorted(_walk(name, frozenset()))
+    elif os.path.lexists(name):
+        yield name
+    elif name.startswith("@"):
+        try:
+            lines = Path(name[1:]).read_text("utf-8-sig", errors="surrogateescape").split("\n")
+        except OSError as error:
+            raise UsageError(f"the list {name[1:]} can't be read: {error.strerror}") from error
+        yield from (line for line in lines if line.strip())
+    elif matches := sorted(glob.glob(name, recursive=True)):
+        for match in matches:
+            yield from _expand(match)
+    else:
+        raise UsageError(f"no such file or folder: {name}")
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Image files below `folder`, in no order; links are followed, but never into a folder they lie in."""
+    try:
+        status = os.stat(folder)
+        entries = list(os.scandir(folder))
+    except OSError:
+        yield folder  # becomes a failed row
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for entry in entries:
+        if os.path.isdir(entry.path):
+            yield from _walk(entry.path, above | {identity})
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield entry.path
+
+
+def decode(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as an upright RGB picture of 8 bits a channel.
+
+    EXIF orientation is applied, the first frame of an animation taken, transparency laid onto white, 16-bit
+    grey reduced to its upper 8 bits (as Pillow does for 16-bit colour).
+
+    Raises:
+        ImageError: whatever keeps the file from becoming such a picture; the message says what.
+    """
+    try:
+        mode = os.stat(file).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError("a folder that can't be listed" if not os.access(file, os.R_OK) else "a folder")
+        if not stat.S_ISREG(mode):
+            raise ImageError("not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with open(file, "rb") as stream, _pixel_limit(max_pixels):
+                if not stream.peek(1):
+                    raise ImageError("empty file")
+                readable = [name for name in FORMATS if name in Image.OPEN]
+                with Image.open(stream, formats=readable) as image:
+                    image.load()
+                    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+                    pixels = to_rgb(image)
+                    return pixels if turn is None else pixels.transpose(turn)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("link to a missing file" if os.path.islink(file) else "no such file") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image in a format that is read") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"more than {max_pixels} pixels") from error
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        text = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ImageError(f"{type(error).__name__}: {text}"[:200]) from error
+
+
+@contextmanager
+def _pixel_limit(pixels: int) -> Iterator[None]:
+    """Pillow's limit is a global; it is checked while a file is opened, before memory is taken."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture of any of Pillow's modes into 8-bit RGB.
+
+    Raises:
+        ImageError: a mode whose range of brightness isn't defined (floating point, wide integers).
+    """
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # 16 bits, which older Pillows and some formats hand out as 32
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ImageError("integer pixels beyond 16 bits have no defined range")
+        grey = (values >> 8).astype(np.uint8)
+        if (clear := image.info.get("transparency")) is not None:
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The transform that fits some weights: resize, centre crop, scale to [0, 1], normalise.
+
+    Equals torchvision's `ImageClassification` preset of the same numbers, bit for bit.
+    """
+
+    mean: tuple[float, float, float]
+    """Subtracted, for R, G and B in [0, 1]."""
+    std: tuple[float, float, float]
+    """Divided by."""
+    resize: int = 256
+    """Pixels of the shorter side (bilinear, antialiased)."""
+    crop: int = 224
+    """Side of the square cut from the middle, in pixels."""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Preprocess":
+        """The transform whose fields were written as JSON."""
+        return cls(tuple(fields["mean"]), tuple(fields["std"]), fields["resize"], fields["crop"])
+
+    def at(self, image_size: int | None) -> "Preprocess":
+        """The same transform for another crop, `resize` in proportion; None: this one."""
+        if image_size is None:
+            return self
+        return Preprocess(self.mean, self.std, round(image_size * self.resize / self.crop), image_size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """From a picture of any size and mode to a normalised float32 tensor `(3, crop, crop)`."""
+        return self.normalize(self.square(image))
+
+    def square(self, image: Image.Image) -> Tensor:
+        """The geometric half: a uint8 RGB tensor `(3, crop, crop)`, its memory in pixel order."""
+        image = to_rgb(image)
+        width, height = image.size
+        longest = _LONGEST * min(width, height)
+        if max(width, height) > longest:
+            image = F.center_crop(image, [min(height, longest), min(width, longest)])
+        image = F.center_crop(F.resize(image, [self.resize], antialias=True), [self.crop])
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """The arithmetic half: uint8 `(..., 3, H, W)` to normalised float32, on the tensor's device."""
+        scaled = pixels.float().div_(255)
+        normalized: Tensor = F.normalize(scaled, list(self.mean), list(self.std), inplace=True)
+        return normalized
+
+
+class Row(NamedTuple):
+    """What is known of one input file besides its features."""
+
+    path: str
+    """Relative to the root of the inputs; bytes that are not UTF-8 stand as `\\xNN`."""
+    status: str
+    """`ok` or `failed`."""
+    error: str | None
+    """Why it failed."""
+    width: int | None
+    """Of the upright picture, in pixels."""
+    height: int | None
+
+
+class ImageDataset(Dataset[tuple[Row, Tensor | None]]):
+    """Rows and pixels of a list of files: `(Row, uint8 (3, crop, crop))`, or `(Row, None)` for a failed file.
+
+    A file that can't be read never raises and never becomes another picture.
+    """
+
+    def __init__(self, images: ImageList, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS) -> None:
+        self.images = images
+        self.preprocess = preprocess
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images.paths)
+
+    def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
+        try:
+            image = decode(self.images.file(index), max_pixels=self.max_pixels)
+        except ImageError as error:
+            return self.failed(index, str(error)), None
+        return Row(self._path(index), "ok", None, *image.size), self.preprocess.square(image)
+
+    def failed(self, index: int, error: str) -> Row:
+        """The row of a file that yields no picture."""
+        return Row(self._path(index), "failed", error, None, None)
+
+    def _path(self, index: int) -> str:
+        return os.fsencode(self.images.paths[index]).decode("utf-8", "backslashreplace")

@@ -1,0 +1,78 @@
+"""What a feature run can be told. Free of torch, so that help texts are quick."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vggenc.errors import UsageError, one_of
+from vggenc.stages import OUTPUTS, STAGE_NAMES
+
+POOLS = ("avg", "max", "none")
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+DTYPES = ("float32", "float16")
+MIN_SIZE = 32
+"""Pixels: below it VGG19's five poolings leave nothing."""
+MAX_PIXELS = 1024**3 // 4 // 3
+"""Pillow's own limit for an image that may be a decompression bomb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How features are computed and written; the command line has an option for each field.
+
+    Raises:
+        UsageError: a value out of range; the message names it and what is allowed.
+    """
+
+    pool: str = "avg"
+    """How the map of a stage becomes one vector: `avg`, `max`, or `none` for whole maps."""
+    image_size: int | None = None
+    """Side in pixels of the square the encoder sees, 32 or more; None: what the weights expect (224)."""
+    precision: str = "fp32"
+    """Arithmetic: `fp32`, `bf16`, `fp16`, or `auto` for bf16 where the hardware has it, else fp32."""
+    dtype: str = "float32"
+    """How values are handed out and written: `float32` or `float16`."""
+    batch_size: int = 32
+    """Images computed at a time; it changes values by rounding only."""
+    part_size: int | None = None
+    """Rows in one part on disk; None: 1024, or 32 with whole maps."""
+    num_workers: int | None = None
+    """Processes that decode images; None: one less than there are cores, 0: decode in this process."""
+    max_pixels: int = MAX_PIXELS
+    """A larger image (width x height) becomes a failed row."""
+    allow_untrained: bool = False
+    """Hand out features of layers that were never trained."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("pool", POOLS), ("precision", PRECISIONS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise one_of(name, getattr(self, name), allowed)
+        least = {"image_size": MIN_SIZE, "batch_size": 1, "part_size": 1, "num_workers": 0, "max_pixels": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            if value is None and optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise UsageError(f"{name} must be a whole number of {minimum} or more; got {value!r}")
+
+    @property
+    def rows_per_part(self) -> int:
+        """Rows in one part on disk, with the default resolved."""
+        return self.part_size or (32 if self.pool == "none" else 1024)
+
+
+def check_outputs(outputs: Iterable[str] = STAGE_NAMES) -> tuple[str, ...]:
+    """The names of `outputs`, once each and in the order given.
+
+    Raises:
+        UsageError: an unknown name, none at all, or a bare string.
+    """
+    if isinstance(outputs, str):
+        raise UsageError(f"outputs must be a list of names, such as [{outputs!r}]; got a string")
+    names = tuple(dict.fromkeys(outputs))
+    for name in names:
+        if name not in OUTPUTS:
+            raise one_of("an output", name, OUTPUTS)
+    if not names:
+        raise UsageError(f"no outputs asked for; there are {', '.join(OUTPUTS)}")
+    return names

@@ -1,0 +1,303 @@
+"""From input files to features: a batch at a time, or as a folder on disk."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vggenc.encoder import VGG19Encoder
+from vggenc.engines import TorchEngine
+from vggenc.images import ImageDataset, ImageList, Row, find_images
+from vggenc.options import Options, check_outputs
+from vggenc.stages import OUTPUTS, STAGE_NAMES
+from vggenc.store import Store, read_features
+
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+_VERSIONS = ("vggenc", "torch", "torchvision", "pillow")
+_FAILURES_SHOWN = 5
+
+
+class FeatureBatch(NamedTuple):
+    """Some rows and their features."""
+
+    rows: list[Row]
+    """One an input file, in input order."""
+    features: dict[str, NDArray[np.floating]]
+    """`(len(rows), ...)` for each output; NaN where the row's status is `failed`."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run over a folder came to."""
+
+    images: int
+    """Rows in the folder."""
+    failed: int
+    """How many of them have the status `failed`."""
+    failures: tuple[tuple[str, str], ...]
+    """Path and reason of the first few."""
+    computed: int
+    """Rows that this run made; the others were there from earlier."""
+    seconds: float
+    """Spent on them."""
+    folder: str
+
+    @property
+    def images_per_second(self) -> float:
+        """Rows made by this run in a second; 0 where it made none."""
+        return self.computed / self.seconds if self.computed else 0.0
+
+
+def iter_features(
+    inputs: Inputs,
+    encoder: VGG19Encoder,
+    outputs: Iterable[str] = STAGE_NAMES,
+    *,
+    options: Options | None = None,
+) -> Iterator[FeatureBatch]:
+    """Compute features batch by batch, without a folder on disk.
+
+    Args:
+        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.images.find_images`.
+        encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
+        outputs: names, as for `VGG19Encoder.encode`.
+        options: how; None: the defaults of `Options`.
+
+    Yields:
+        `options.batch_size` rows at a time, in input order.
+
+    Raises:
+        UsageError: inputs that don't exist, unknown outputs, or outputs that were never trained.
+    """
+    options = options or Options()
+    engine = _engine(encoder, outputs, options)
+    images = find_images(inputs)
+    return _compute(images, engine, _chunks(range(len(images.paths)), options.batch_size), options)
+
+
+def extract(
+    inputs: Inputs,
+    encoder: VGG19Encoder,
+    outputs: Iterable[str] = STAGE_NAMES,
+    output: str | os.PathLike[str] = "features",
+    *,
+    options: Options | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Write the features of many images to a folder, resuming what an earlier run left there.
+
+    Args:
+        inputs: as for `iter_features`.
+        encoder: likewise.
+        outputs: likewise.
+        output: the folder; see `read_features` for what it holds.
+        options: how; None: the defaults of `Options`.
+        overwrite: replace an earlier run with other settings.
+        progress: show a bar on standard error where that is a terminal.
+
+    Raises:
+        UsageError: as for `iter_features`, or a folder that holds other things or a run with other settings.
+        StoreError: a folder that another process writes, or that can't be written.
+    """
+    options = options or Options()
+    engine = _engine(encoder, outputs, options)
+    images = find_images(inputs)
+    maps = [name for name, shape in engine.shapes.items() if len(shape) == 3]
+    store = Store(
+        output,
+        settings=_settings(encoder, engine, options),
+        root=images.root,
+        inputs=_fingerprint(images),
+        vectors={name: int(np.prod(shape)) for name, shape in engine.shapes.items() if name not in maps},
+        rows=len(images.paths),
+        part_size=options.rows_per_part,
+        dtype=options.dtype,
+        overwrite=overwrite,
+    )
+    with store:
+        missing = store.missing()
+        computed = sum(len(store.part_rows(part)) for part in missing)
+        chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
+        start = time.perf_counter()
+        with tqdm(
+            total=store.rows, initial=store.rows - computed, unit="img", disable=None if progress else True
+        ) as bar:
+            failed = 0
+            batches = _compute(images, engine, chunks, options)
+            for part in missing:
+                collected: list[FeatureBatch] = []
+                while sum(len(batch.rows) for batch in collected) < len(store.part_rows(part)):
+                    collected.append(next(batches))
+                    failed += sum(row.status != "ok" for row in collected[-1].rows)
+                    bar.set_postfix(failed=failed, refresh=False)
+                    bar.update(len(collected[-1].rows))
+                rows = [row for batch in collected for row in batch.rows]
+                arrays = {
+                    name: np.concatenate([batch.features[name] for batch in collected])
+                    for name in engine.shapes
+                }
+                whole = {name: arrays.pop(name) for name in maps}
+                store.write(part, rows, arrays, whole)
+        seconds = time.perf_counter() - start
+        table = read_features(output, ["path", "status", "error"])
+    bad = [(row["path"], row["error"]) for row in table.to_pylist() if row["status"] != "ok"]
+    return Summary(
+        images=store.rows,
+        failed=len(bad),
+        failures=tuple(bad[:_FAILURES_SHOWN]),
+        computed=computed,
+        seconds=seconds,
+        folder=os.fspath(output),
+    )
+
+
+def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> TorchEngine:
+    names = check_outputs(outputs)
+    if not options.allow_untrained:
+        encoder.check_trained(names)
+    return TorchEngine(encoder, names, options)
+
+
+def _settings(encoder: VGG19Encoder, engine: TorchEngine, options: Options) -> dict[str, Any]:
+    """All that decides the values of a row."""
+    digest = hashlib.sha256()
+    modules = {module for name in engine.shapes for module in OUTPUTS[name]}
+    for key, value in encoder.state_dict().items():
+        if key.split(".")[0] in modules:
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "weights": encoder.weights_name,
+        "weights_sha256": encoder.weights_sha256,
+        "parameters_sha256": digest.hexdigest(),
+        "backbone": encoder.backbone,
+        "outputs": engine.shapes,
+        "pool": options.pool,
+        "preprocess": asdict(engine.preprocess),
+        "max_pixels": options.max_pixels,
+        "precision": engine.precision,
+        "engine": engine.name,
+        "dtype": options.dtype,
+        "versions": {name: version(name) for name in _VERSIONS},
+    }
+
+
+def _fingerprint(images: ImageList) -> str:
+    """A hash of the names and sizes of the input files, in order."""
+    digest = hashlib.sha256()
+    for index, path in enumerate(images.paths):
+        try:
+            size = os.stat(images.file(index)).st_size
+        except OSError:
+            size = -1
+        digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _chunks(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _compute(
+    images: ImageList, engine: TorchEngine, chunks: Sequence[range], options: Options
+) -> Iterator[FeatureBatch]:
+    dataset = ImageDataset(images, engine.preprocess, max_pixels=options.max_pixels)
+    for rows, pixels in _load(dataset, chunks, options.num_workers):
+        good = np.array([row.status == "ok" for row in rows])
+        features = {
+            name: np.full((len(rows), *shape), np.nan, options.dtype) for name, shape in engine.shapes.items()
+        }
+        if pixels is not None:
+            for name, values in engine(pixels).items():
+                features[name][good] = values
+        for i in np.flatnonzero(good):
+            if bad := [name for name, values in features.items() if not np.isfinite(values[i]).all()]:
+                error = f"NaN or infinity in {', '.join(bad)} ({engine.precision}, {options.dtype})"
+                rows[i] = rows[i]._replace(status="failed", error=error)
+                for values in features.values():
+                    values[i] = np.nan
+        yield FeatureBatch(rows, features)
+
+
+def _load(
+    dataset: ImageDataset, chunks: Sequence[range], num_workers: int | None
+) -> Iterator[tuple[list[Row], Tensor | None]]:
+    """Decoded batches in order; a worker that dies costs at most the files that kill it."""
+    workers = _cores() - 1 if num_workers is None else num_workers
+    done = 0
+    while done < len(chunks):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=chunks[done:],  # type: ignore[arg-type]  # ranges serve as lists of rows
+            num_workers=min(workers, len(chunks) - done),
+            collate_fn=_collate,
+            worker_init_fn=_init_worker,
+        )
+        try:
+            iterator = iter(loader)
+            with _quiet_child_signals():
+                for batch in iterator:
+                    yield batch
+                    done += 1
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            yield _collate([_decode_apart(dataset, index) for index in chunks[done]])
+            done += 1
+
+
+def _decode_apart(dataset: ImageDataset, index: int) -> tuple[Row, Tensor | None]:
+    """Decode one file in a process of its own, which it may kill."""
+    loader = DataLoader(dataset, sampler=[index], batch_size=None, num_workers=1, worker_init_fn=_init_worker)
+    try:
+        iterator = iter(loader)
+        with _quiet_child_signals():
+            item: tuple[Row, Tensor | None] = next(iterator)
+            return item
+    except RuntimeError:
+        return dataset.failed(index, "the process that decoded it died"), None
+
+
+def _collate(items: list[tuple[Row, Tensor | None]]) -> tuple[list[Row], Tensor | None]:
+    """Rows, and the pixels of the good ones as one tensor `(n, 3, H, W)` in channels-last order."""
+    squares = [pixels.permute(1, 2, 0) for _, pixels in items if pixels is not None]
+    return [row for row, _ in items], torch.stack(squares).permute(0, 3, 1, 2) if squares else None
+
+
+def _init_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+
+
+@contextmanager
+def _quiet_child_signals() -> Iterator[None]:
+    """Let a dead worker show where its batch is awaited.
+
+    The handler for SIGCHLD that a DataLoader installs when its workers start would raise in the middle of
+    whatever runs just then, such as writing a part.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
