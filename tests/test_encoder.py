@@ -12,7 +12,7 @@ from vggenc import EncoderOutput, UsageError, VGG19Encoder
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 
 BACKBONES = ["vgg19_bn", "vgg19"]
-# How many convolutions lie between poolings in VGG19, by stage (Simonyan and Zisserman 2015, table 1, column E).
+# Convolutions between poolings in VGG19, by stage (Simonyan and Zisserman 2015, table 1, column E).
 BLOCKS = {"conv2_2": [2, 2], "conv3_4": [4], "conv4_4": [4], "conv5_4": [4]}
 # The last activation of each stage in torchvision's numbering of `features`.
 RELUS = {"vgg19_bn": [12, 25, 38, 51], "vgg19": [8, 17, 26, 35]}
@@ -211,7 +211,7 @@ def test_k_must_be_a_positive_whole_number(k):
 
 def test_untrained_outputs_are_refused_until_declared_trained(make_encoder):
     encoder, image = make_encoder(), torch.zeros(1, 3, 32, 32)
-    with pytest.raises(UsageError, match="never trained.*fc4"):
+    with pytest.raises(UsageError, match=r"never trained.*fc4"):
         encoder.encode(image, ["attributes"])
     encoder.encode(image, ["attributes"], allow_untrained=True)
     encoder.mark_trained()
@@ -261,14 +261,13 @@ def one_step(encoder: VGG19Encoder, image: Tensor) -> dict[str, Tensor | None]:
 
 
 def test_gradients_reach_every_parameter_that_is_not_frozen(make_encoder):
-    encoder = make_encoder(own=True).train()
+    encoder = make_encoder(32, own=True).train()
     encoder.freeze("conv4_4")
     grads = one_step(encoder, torch.randn(3, 3, 64, 64))
     frozen = {name for name in grads if name.startswith(("conv2_2", "conv3_4", "conv4_4"))}
     assert {name for name, grad in grads.items() if grad is None} == frozen
-    assert all(
-        grad.abs().sum() > 0 for name, grad in grads.items() if name.endswith("weight") and grad is not None
-    )
+    weights = {name: grad for name, grad in grads.items() if name.endswith("weight") and grad is not None}
+    assert {name for name, grad in weights.items() if not grad.any()} == set()
 
 
 def test_frozen_batch_norm_does_not_move_in_a_training_step(make_encoder):
@@ -341,7 +340,7 @@ def test_hooks_see_a_convolutions_own_output(make_encoder):
     assert seen[0].min() < 0  # an activation in place would have cut it off
 
 
-# timm ----------------------------------------------------------------------------------------------------------------
+# timm
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +390,7 @@ def test_forward_intermediates_refuses_what_there_is_not(make_encoder, arguments
         make_encoder().forward_intermediates(torch.zeros(1, 3, 32, 32), **arguments)
 
 
-# CUDA ----------------------------------------------------------------------------------------------------------------
+# CUDA
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +46,8 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
 
     A path may be a `.safetensors` file, anything that `torch.save` wrote (never unpickled freely), or a
     folder that `save_pretrained` wrote. Its keys may be this package's or torchvision's, wrapped in
-    `state_dict` or `model`, and prefixed `module.` or `_orig_mod.`. A file of the registry is known by its sha256.
+    `state_dict` or `model`, and prefixed `module.` or `_orig_mod.`. A file of the registry is known by its
+    sha256.
 
     Raises:
         UsageError: no such name or file, or a backbone that contradicts the weights.
@@ -94,13 +94,14 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     about = {}
     try:
         if file.suffix == ".safetensors":
+            # Copied, since a file that is written over while it is mapped would kill the process.
             with safe_open(file, framework="pt") as tensors:
-                content: Any = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+                content: Any = {key: tensors.get_tensor(key).clone() for key in tensors.keys()}  # noqa: SIM118
                 about = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
                 if "preprocess" in about:
                     about["preprocess"] = Preprocess.from_json(about["preprocess"])
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         reason = str(error).strip().split("\n")[0][:200]
         raise WeightsError(

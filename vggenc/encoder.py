@@ -58,7 +58,8 @@ class VGG19Encoder(FineTuning, PyTorchModelHubMixin, library_name="vggenc", tags
         backbone: `"vgg19_bn"` or `"vgg19"`; None: the one that the weights belong to, else `"vgg19_bn"`.
         weights: a registry name (`"IMAGENET1K_V1"`, downloaded once; `"OXFORD_V1"`, from the extra `oxford`),
             a member of torchvision's `VGG19_BN_Weights` or `VGG19_Weights`, a path, what
-            `vggenc.checkpoint.load` read, or None. Layers that the weights don't hold begin with `weight_init` and count as untrained.
+            `vggenc.checkpoint.load` read, or None. Layers that the weights don't hold begin with
+            `weight_init` and count as untrained.
 
     Attributes:
         k: number of attributes.

@@ -95,11 +95,14 @@ def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 @contextmanager
 def _frozen_statistics(stage: nn.Module) -> Iterator[None]:
     """Keep batch norm from counting a batch twice when a checkpointed stage is computed again."""
-    norms = [layer for layer in stage.modules() if isinstance(layer, nn.BatchNorm2d) and layer.training]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [layer for layer in stage.modules() if isinstance(layer, nn.BatchNorm2d)]
+    statistics = [dict(norm.named_buffers()) for norm in norms]
+    for norm, kept in zip(norms, statistics, strict=True):
+        for name, value in kept.items():
+            setattr(norm, name, value.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, kept in zip(norms, statistics, strict=True):
+            for name, value in kept.items():
+                setattr(norm, name, value)

@@ -1,0 +1,173 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import get_model_builder
+
+from vggenc import UsageError, VGG19Encoder, WeightsError
+from vggenc.checkpoint import load
+from vggenc.stages import STAGE_NAMES
+
+
+def same_values(encoder: VGG19Encoder, other: VGG19Encoder) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def stages_of(encoder: VGG19Encoder) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in encoder.state_dict().items() if key.startswith("conv")}
+
+
+@pytest.fixture
+def stage_file(make_encoder, tmp_path) -> Path:
+    file = tmp_path / "stages.safetensors"
+    save_file(stages_of(make_encoder()), file)
+    return file
+
+
+@pytest.mark.parametrize("backbone", ["vgg19_bn", "vgg19"])
+def test_torchvision_checkpoint_loads_by_its_own_keys(tmp_path, backbone):
+    torch.manual_seed(3)
+    vgg = get_model_builder(backbone)(init_weights=False).eval()
+    file = tmp_path / "vgg.pth"
+    torch.save(vgg.state_dict(), file)
+    encoder = VGG19Encoder(4, weights=file).eval()
+    assert encoder.backbone == backbone
+    assert encoder.trained == {*STAGE_NAMES, "fc_layers"}
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = vgg.classifier[:-2](vgg.avgpool(vgg.features(image)).flatten(1))
+        assert torch.equal(encoder.encode(image, ["fc7"])["fc7"], expected)
+
+
+def test_wrappers_and_prefixes_are_taken_off(make_encoder, tmp_path):
+    encoder = make_encoder(3)
+    for number, wrap in enumerate(
+        [
+            lambda s: {"state_dict": {f"module.{key}": v for key, v in s.items()}, "epoch": 3},
+            lambda s: {"model": {f"_orig_mod.module.{key}": v for key, v in s.items()}},
+        ]
+    ):
+        file = tmp_path / f"{number}.pth"
+        torch.save(wrap(stages_of(encoder)), file)
+        assert load(file).state.keys() == stages_of(encoder).keys()
+
+
+def test_layers_that_a_file_lacks_begin_with_weight_init_and_are_untrained(stage_file, make_encoder):
+    encoder = VGG19Encoder(85, weights=stage_file)
+    assert encoder.trained == set(STAGE_NAMES)
+    assert encoder.fc4.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert encoder.fc4.bias.abs().max() == 0
+    for key, value in stages_of(make_encoder()).items():
+        assert torch.equal(encoder.state_dict()[key], value)
+
+
+def test_missing_and_unexpected_keys_are_named(make_encoder, tmp_path):
+    state = stages_of(make_encoder())
+    state["classifier_head.weight"] = state.pop("conv4_4.1.bias")
+    file = tmp_path / "odd.safetensors"
+    save_file(state, file)
+    with pytest.raises(WeightsError, match=r"misses conv4_4\.1\.bias.*unexpected classifier_head\.weight"):
+        VGG19Encoder(3, weights=file)
+
+
+def test_another_k_is_told_with_both_shapes(make_encoder, tmp_path):
+    make_encoder(3).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"k=4.*\(3,.*there and \(4,"):
+        VGG19Encoder(4, weights=tmp_path)
+
+
+def test_old_files_without_batch_counts_load(make_encoder, tmp_path):
+    state = {
+        key: v for key, v in stages_of(make_encoder()).items() if not key.endswith("num_batches_tracked")
+    }
+    torch.save(state, tmp_path / "old.pth")
+    assert VGG19Encoder(3, weights=tmp_path / "old.pth").trained == set(STAGE_NAMES)
+
+
+def test_a_complete_checkpoint_draws_no_random_number(make_encoder, tmp_path):
+    make_encoder(3).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    VGG19Encoder(3, weights=tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loaded_values_do_not_depend_on_the_file_any_more(stage_file):
+    encoder = VGG19Encoder(3, weights=stage_file)
+    before = encoder.conv5_4[10].weight.clone()
+    stage_file.write_bytes(b"\0" * stage_file.stat().st_size)
+    assert torch.equal(encoder.conv5_4[10].weight, before)
+
+
+def test_backbone_that_contradicts_a_file_is_a_usage_error(stage_file):
+    with pytest.raises(UsageError, match="vgg19_bn, not of backbone 'vgg19'"):
+        VGG19Encoder(3, backbone="vgg19", weights=stage_file)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w').close()",)
+
+
+def test_damaged_and_hostile_files_are_weights_errors_and_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "page.pth": b"<html>404</html>",
+        "empty.pth": b"",
+        "bomb.pth": pickle.dumps({"state_dict": Bomb()}),
+        "header.safetensors": (2**60).to_bytes(8, "little") + b"{}",
+        "short.safetensors": b"abc",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=name):
+            load(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"features.0.weight": torch.full((64, 3, 3, 3), float("nan"))}, tmp_path / "nan.pth")
+    torch.save({"head.weight": torch.ones(2)}, tmp_path / "other.pth")
+    torch.save({"features.0.weight": 3}, tmp_path / "number.pth")
+    for name in ("list.pth", "nan.pth", "other.pth", "number.pth"):
+        with pytest.raises(WeightsError, match=name):
+            load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_path_that_does_not_exist_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no such weights file"):
+        load(tmp_path / "nothing.pth")
+    with pytest.raises(UsageError, match="no such weights file"):
+        load("nothing/here")
+
+
+def test_save_and_from_pretrained_keep_values_training_and_preprocessing(oxford, tmp_path, capfd):
+    oxford.save_pretrained(tmp_path / "model")
+    assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "model").iterdir()}
+    again = VGG19Encoder.from_pretrained(tmp_path / "model")  # the default weights could not be fetched here
+    assert same_values(oxford, again)
+    assert (again.k, again.backbone, again.trained) == (3, "vgg19", oxford.trained)
+    assert again.preprocess == oxford.preprocess
+    assert not again.training
+    assert capfd.readouterr().out == ""
+
+
+def test_a_declaration_of_training_survives_the_round_trip(make_encoder, tmp_path):
+    encoder = make_encoder(3)
+    encoder.mark_trained()
+    encoder.save_pretrained(tmp_path)
+    VGG19Encoder.from_pretrained(tmp_path).check_trained(["attributes"])
+
+
+def test_saving_over_the_folder_that_was_loaded_works(make_encoder, tmp_path):
+    make_encoder(3).save_pretrained(tmp_path)
+    encoder = VGG19Encoder.from_pretrained(tmp_path)
+    encoder.save_pretrained(tmp_path)
+    assert same_values(encoder, VGG19Encoder.from_pretrained(tmp_path))
+
+
+def test_folder_without_heads_asks_for_k(stage_file):
+    stage_file.rename(stage_file.parent / "model.safetensors")
+    with pytest.raises(WeightsError, match="k="):
+        VGG19Encoder.from_pretrained(stage_file.parent)
+    assert VGG19Encoder.from_pretrained(stage_file.parent, k=9).k == 9
