@@ -74,7 +74,8 @@ class TorchEngine:
     def __call__(self, pixels: Tensor) -> dict[str, NDArray[np.floating]]:
         """From uint8 pixels `(N, 3, crop, crop)` to arrays `(N, *shape)` by output name."""
         with self._context():
-            images = self.preprocess.normalize(pixels.to(self._device, non_blocking=True))
+            pixels = pixels.to(self._device, memory_format=torch.channels_last)
+            images = self.preprocess.normalize(pixels)
             encoded = self._encoder.encode(images, self._outputs, allow_untrained=True)
             return {name: self._finish(value) for name, value in encoded.items()}
 

@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -240,39 +240,50 @@ def _load(
     workers = _cores() - 1 if num_workers is None else num_workers
     done = 0
     while done < len(chunks):
-        loader = DataLoader(
-            dataset,
-            batch_sampler=chunks[done:],  # type: ignore[arg-type]  # ranges serve as lists of rows
-            num_workers=min(workers, len(chunks) - done),
-            collate_fn=_collate,
-            worker_init_fn=_init_worker,
-        )
-        try:
-            iterator = iter(loader)
-            with _quiet_child_signals():
-                for batch in iterator:
-                    yield batch
-                    done += 1
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            yield _collate([_decode_apart(dataset, index) for index in chunks[done]])
+        for batch in _until_a_worker_dies(dataset, chunks[done:], workers):
+            yield batch
+            done += 1
+        if done < len(chunks):  # a file of this batch or of a later one killed its worker
+            rows, squares = [], []
+            for index in chunks[done]:
+                died = [dataset.failed(index, "the process that decoded it died")], None
+                row, square = next(_until_a_worker_dies(dataset, [[index]], 1), died)
+                rows += row
+                squares += [] if square is None else [square]
+            yield rows, torch.cat(squares) if squares else None
             done += 1
 
 
-def _decode_apart(dataset: ImageDataset, index: int) -> tuple[Row, Tensor | None]:
-    """Decode one file in a process of its own, which it may kill."""
-    loader = DataLoader(dataset, sampler=[index], batch_size=None, num_workers=1, worker_init_fn=_init_worker)
+def _until_a_worker_dies(
+    dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[tuple[list[Row], Tensor | None]]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        iterator = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=batches,  # type: ignore[arg-type]  # a range serves as a list of rows
+                num_workers=min(workers, len(batches)),
+                collate_fn=_collate,
+                worker_init_fn=_init_worker,
+            )
+        )
+    # Starting workers installs a handler for SIGCHLD that raises when one dies, in the middle of whatever
+    # runs just then, such as writing a part. Without it the death shows where the next batch is awaited.
+    quiet = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None
     try:
-        iterator = iter(loader)
-        with _quiet_child_signals():
-            item: tuple[Row, Tensor | None] = next(iterator)
-            return item
-    except RuntimeError:
-        return dataset.failed(index, "the process that decoded it died"), None
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+    finally:
+        del iterator  # ends the other workers
+        if quiet:
+            signal.signal(signal.SIGCHLD, before)
 
 
-def _collate(items: list[tuple[Row, Tensor | None]]) -> tuple[list[Row], Tensor | None]:
+def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Tensor | None]:
     """Rows, and the pixels of the good ones as one tensor `(n, 3, H, W)` in channels-last order."""
     squares = [pixels.permute(1, 2, 0) for _, pixels in items if pixels is not None]
     return [row for row, _ in items], torch.stack(squares).permute(0, 3, 1, 2) if squares else None
@@ -280,23 +291,6 @@ def _collate(items: list[tuple[Row, Tensor | None]]) -> tuple[list[Row], Tensor 
 
 def _init_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
-
-
-@contextmanager
-def _quiet_child_signals() -> Iterator[None]:
-    """Let a dead worker show where its batch is awaited.
-
-    The handler for SIGCHLD that a DataLoader installs when its workers start would raise in the middle of
-    whatever runs just then, such as writing a part.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 def _cores() -> int:

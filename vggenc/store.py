@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from typing_extensions import Self
 
-from vggenc.errors import StoreError, UsageError
+from vggenc.errors import StoreError, UsageError, one_of
 from vggenc.images import Row
 
 MANIFEST = "manifest.json"
@@ -117,17 +117,17 @@ class Store:
 
     def _open(self) -> None:
         found = _read_manifest(self.folder)
+        foreign = [file.name for file in self.folder.iterdir() if not _OURS.fullmatch(file.name)]
+        if found is None and foreign:
+            raise UsageError(
+                f"{self.folder} holds other files ({min(foreign)}, ...); name an empty or new folder"
+            )
         if found is not None and self.overwrite:
             # The manifest goes last, so that a kill in between leaves a folder that is still known as ours.
             for file in sorted(self.folder.iterdir(), reverse=True):
                 if _OURS.fullmatch(file.name) and file.name not in (MANIFEST, ".vggenc-lock"):
                     file.unlink()
             found = None
-        foreign = [file.name for file in self.folder.iterdir() if not _OURS.fullmatch(file.name)]
-        if found is None and foreign:
-            raise UsageError(
-                f"{self.folder} holds other files ({min(foreign)}, ...); name an empty or new folder"
-            )
         if found is None:
             text = json.dumps(self._manifest, indent=2) + "\n"
             self._write(MANIFEST, lambda file: file.write_text(text))
@@ -223,18 +223,17 @@ def read_features(
             f"{folder} has {len(files)} of {count} parts; finish it with the command that began it, or read "
             "what is there with partial=True"
         )
+    if not files:
+        raise StoreError(f"{folder} has no finished part yet")
     names = None if columns is None else list(columns)
     try:
-        tables = [pq.read_table(file, columns=names) for file in files]
+        there = pq.read_schema(files[0]).names
+        for name in names or ():
+            if name not in there:
+                raise one_of("a column", name, there)
+        table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{folder} can't be read: {error}") from error
-    if not tables:
-        raise StoreError(f"{folder} has no finished part yet")
-    table = pa.concat_tables(tables)
-    if absent := set(names or ()).difference(table.column_names):
-        raise UsageError(
-            f"{folder} has no column {sorted(absent)[0]!r}; it has {', '.join(table.column_names)}"
-        )
     return table.replace_schema_metadata({"vggenc": json.dumps(manifest)})
 
 

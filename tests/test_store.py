@@ -1,0 +1,131 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vggenc import StoreError, UsageError, read_features, store
+from vggenc.images import Row
+from vggenc.store import Store
+
+ROWS = [Row("a.png", "ok", None, 4, 5), Row("b.png", "failed", "empty file", None, None)]
+VECTORS = {"conv2_2": np.array([[1, 2, 3], [np.nan] * 3], dtype=np.float32)}
+
+
+def new_store(folder, **changes) -> Store:
+    arguments = {
+        "settings": {"pool": "avg"},
+        "root": "/pictures",
+        "inputs": "0",
+        "vectors": {"conv2_2": 3},
+        "rows": 4,
+        "part_size": 2,
+        "dtype": "float32",
+    }
+    return Store(folder, **(arguments | changes))
+
+
+def test_rows_come_back_as_written_with_null_for_failures(tmp_path):
+    with new_store(tmp_path, rows=2) as it:
+        it.write(0, ROWS, VECTORS)
+    assert read_features(tmp_path).to_pylist() == [
+        {**ROWS[0]._asdict(), "conv2_2": [1, 2, 3]},
+        {**ROWS[1]._asdict(), "conv2_2": None},
+    ]
+    assert read_features(tmp_path, ["path"]).column_names == ["path"]
+
+
+def test_unfinished_folders_are_told_apart(tmp_path):
+    with new_store(tmp_path) as it:
+        it.write(1, ROWS, VECTORS)
+        assert it.missing() == [0]
+    with pytest.raises(StoreError, match="1 of 2 parts"):
+        read_features(tmp_path)
+    assert read_features(tmp_path, partial=True).num_rows == 2
+
+
+@pytest.mark.parametrize("name", ["nothing", "."])
+def test_reading_what_is_no_features_folder_is_a_usage_error(tmp_path, name):
+    with pytest.raises(UsageError, match="no features folder"):
+        read_features(tmp_path / name)
+
+
+def test_unknown_columns_are_named_with_those_there_are(tmp_path):
+    with new_store(tmp_path, rows=2) as it:
+        it.write(0, ROWS, VECTORS)
+    with pytest.raises(UsageError, match=r"conv2_2.*conv9"):
+        read_features(tmp_path, ["conv9"])
+
+
+def test_damaged_parts_and_manifests_are_store_errors(tmp_path):
+    with new_store(tmp_path, rows=2) as it:
+        it.write(0, ROWS, VECTORS)
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError):
+        read_features(tmp_path)
+    for text in ("{", "[]", "{}", json.dumps({"format": 99})):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(StoreError):
+            read_features(tmp_path)
+
+
+def test_second_writer_is_refused_and_told_who_writes(tmp_path):
+    code = "import sys; from test_store import new_store; new_store(sys.argv[1]).__enter__()"
+    with new_store(tmp_path):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        second = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+        assert f"StoreError: {tmp_path} is being written by process {os.getpid()}" in second.stderr
+        assert (tmp_path / ".vggenc-lock").exists()
+    with new_store(tmp_path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_lock_of_a_dead_process_does_not_block(tmp_path):
+    (tmp_path / ".vggenc-lock").write_text("process 1 on elsewhere")
+    with new_store(tmp_path):
+        pass
+
+
+def test_folders_with_other_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"thesis\.tex"), new_store(tmp_path, overwrite=overwrite):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_overwriting_removes_only_what_a_run_wrote(tmp_path):
+    with new_store(tmp_path, rows=2) as it:
+        it.write(0, ROWS, VECTORS, {"map": np.zeros((2, 1, 1, 1), np.float32)})
+    (tmp_path / "notes.txt").write_text("mine")
+    with new_store(tmp_path, settings={"pool": "max"}, overwrite=True) as it:
+        assert it.missing() == [0, 1]
+        assert sorted(file.name for file in tmp_path.iterdir()) == [
+            ".vggenc-lock",
+            "manifest.json",
+            "notes.txt",
+        ]
+
+
+def test_failed_write_leaves_earlier_parts_and_nothing_else(tmp_path, monkeypatch):
+    def full(table, file, **_):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with new_store(tmp_path) as it:
+        it.write(0, ROWS, VECTORS)
+        monkeypatch.setattr(store.pq, "write_table", full)
+        with pytest.raises(StoreError, match="No space left"):
+            it.write(1, ROWS, VECTORS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "part-00000.parquet"]
+
+
+def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="can't be written"), new_store(tmp_path / "file" / "features"):
+        pass
+    with pytest.raises(StoreError, match="can't be written"), new_store(tmp_path / "file"):
+        pass
