@@ -18,6 +18,13 @@ PHOTOGRAPHS = ROOT / "examples" / "images"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for marker, why in (("slow", "takes minutes"), ("network", "downloads 1.1 GB")):
+            if item.get_closest_marker(marker) and marker not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"{why}; run it with -m {marker}"))
+
+
 @pytest.fixture(autouse=True)
 def alone(request, monkeypatch, tmp_path_factory):
     """Nothing reaches the network, and nothing is found in this machine's caches."""

@@ -1,9 +1,8 @@
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -295,38 +294,42 @@ def test_worker_that_dies_costs_at_most_the_file_that_kills_it(oxford, folder, t
     )
 
 
-RUN = """
-import sys
-from vggenc import Options, VGG19Encoder, extract
-options = Options(image_size=32, part_size=2, batch_size=2, num_workers=1)
-encoder = VGG19Encoder(1, weights="OXFORD_V1")
-print("ready", flush=True)
-extract(sys.argv[1], encoder, ["conv2_2"], sys.argv[2], options=options)
-"""
+def run_small_parts(pictures, target) -> None:
+    options = Options(image_size=32, part_size=2, batch_size=2, num_workers=1)
+    extract(pictures, VGG19Encoder(1, weights="OXFORD_V1"), ["conv2_2"], target, options=options)
 
 
-def test_killed_runs_leave_what_an_undisturbed_run_writes(oxford, tmp_path):
+def test_killed_runs_leave_what_an_undisturbed_run_writes(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     rng = np.random.default_rng(1)
-    for i in range(120):
+    for i in range(160):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(pictures / f"{i:03}.png")
-    options = Options(image_size=32, part_size=2, batch_size=2, num_workers=1)
-    extract(pictures, oxford, ["conv2_2"], tmp_path / "calm", options=options)
-    target, delays, kills = tmp_path / "killed", random.Random(0), 0
-    while not target.exists() or len(list(target.glob("*.parquet"))) < 60:
-        command = [sys.executable, "-c", RUN, str(pictures), str(target)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            process.stdout.readline()
-            time.sleep(delays.uniform(0.05, 0.6))
-            kills += process.poll() is None
-            process.kill()
-        if kills >= 4:
-            break
-    assert kills >= 1
-    subprocess.run([sys.executable, "-c", RUN, str(pictures), str(target)], check=True)
-    assert bytes_of(target) == bytes_of(tmp_path / "calm")
-    assert {file.name for file in target.iterdir()} == {"manifest.json", *bytes_of(target)}
+    processes = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
+    processes.set_forkserver_preload(["vggenc.pipeline"])
+
+    def run(target, seconds) -> bool:
+        """Whether the run had to be killed, some time after it began to write."""
+        process = processes.Process(target=run_small_parts, args=(pictures, target))
+        process.start()
+        while process.is_alive() and not (target / ".vggenc-lock").exists():
+            time.sleep(0.01)
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode != 0
+
+    delays = random.Random(0)
+    killed = [run(tmp_path / "killed", delays.uniform(0, 0.4)) for _ in range(6)]
+    assert sum(killed) >= 3
+    assert not run(tmp_path / "killed", None)
+    assert not run(tmp_path / "calm", None)
+    assert len(bytes_of(tmp_path / "calm")) == 80
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "calm")
+    assert {file.name for file in (tmp_path / "killed").iterdir()} == {
+        "manifest.json",
+        *bytes_of(tmp_path / "calm"),
+    }
 
 
 def test_memory_does_not_grow_with_the_number_of_images(oxford, folder):

@@ -1,0 +1,88 @@
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+from vggenc.cli import main
+from vggenc.stages import OUTPUTS, STAGES
+
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder that has the examples and nothing else, with the virtual environment of the tests."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return tmp_path
+
+
+def run(line: str, monkeypatch) -> None:
+    """A shell line that calls `vggenc` or an example, in this process."""
+    words = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", words if words[0] == "vggenc" else words[1:])
+    with contextlib.ExitStack() as stack:
+        if words[0] == "vggenc":
+            caught = stack.enter_context(pytest.raises(SystemExit))
+            main()
+        else:
+            runpy.run_path(words[1], run_name="__main__")
+    if words[0] == "vggenc":
+        assert not caught.value.code
+
+
+def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypatch):
+    setup, *shell = blocks("bash")
+    run(setup.splitlines()[0].split(" && ")[1], monkeypatch)
+    for block in shell:
+        for line in block.splitlines():
+            if "../shared" not in line:
+                run(line, monkeypatch)
+    names: dict[str, object] = {}
+    python = blocks("python")
+    assert len(python) >= 5
+    for block in python:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            exec(block, names)
+        said = re.findall(r"^print\(.*\)  # (.*)$|^# (\d.*)$", block, re.MULTILINE)
+        assert shown.getvalue().splitlines() == [beside or below for beside, below in said]
+
+
+def test_setup_lines_are_those_that_ci_runs():
+    setup = blocks("bash")[0].splitlines()
+    assert setup == [
+        "python -m pip install -e '.[oxford]' && vggenc extract examples/images --output features --weights OXFORD_V1",
+        "python -m pip install -e '.[dev]' && pytest",
+    ]
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_stage_table_is_that_of_the_code():
+    rows = re.findall(r"^\| `(conv\d_\d)` \| (.*) \|$", TEXT, re.MULTILINE)
+    expected, start = [], {"vgg19_bn": "", "vgg19": ""}
+    for stage in STAGES:
+        slices = [f"`features[{start[name]}:{stage.end[name]}]`" for name in start]
+        start = {name: str(end) for name, end in stage.end.items()}
+        side = 224 // stage.reduction
+        cells = [*slices, f"{side}x{side}", str(stage.channels), str(stage.reduction)]
+        expected.append((stage.name, " | ".join(cells)))
+    assert rows == expected
+    for name in OUTPUTS:
+        assert f"`{name}`" in TEXT
+
+
+def test_every_module_stands_in_the_table_of_files():
+    for file in (ROOT / "vggenc").glob("*.py"):
+        if not file.name.startswith("__"):
+            assert f"`{file.name}`" in TEXT
