@@ -32,7 +32,7 @@ def accuracies(encoder: VGG19Encoder, files: list[str], size: int) -> dict[str, 
     """Share of images whose nearest other image has the same class, for each stage."""
     # The whole image, without a crop: it may be no larger than what the encoder sees.
     encoder.preprocess = Preprocess(encoder.preprocess.mean, encoder.preprocess.std, resize=size, crop=size)
-    batches = list(iter_features(files, encoder, options=Options(batch_size=50)))
+    batches = list(iter_features(files, encoder, options=Options(batch_size=50, allow_untrained=True)))
     ok = [row.status == "ok" for batch in batches for row in batch.rows]
     labels = np.array([Path(file).parent.name for file in files])[ok]
     found = {}
@@ -46,9 +46,8 @@ def accuracies(encoder: VGG19Encoder, files: list[str], size: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("data", type=Path)
     parser.add_argument("--weights", default="OXFORD_V1")
     parser.add_argument("--image-size", type=int, default=64)

@@ -55,7 +55,8 @@ _BODIES: dict[str, dict[str, torch.Tensor]] = {}
 def make_encoder() -> Callable[..., VGG19Encoder]:
     """Random encoders in evaluation mode, with values that make every layer matter.
 
-    Their 140 M values of stages and `fc_layers` are drawn once a backbone, and shared until `own=True`.
+    Their 140 M values of stages and `fc_layers` are drawn once a backbone and shared; with `own=True` the
+    stages are the encoder's own, and what it does to `fc_layers` must be undone.
     """
 
     def make(k: int = 5, backbone: str = "vgg19_bn", *, own: bool = False) -> VGG19Encoder:
@@ -64,7 +65,9 @@ def make_encoder() -> Callable[..., VGG19Encoder]:
             body = VGG19Encoder(1, backbone=backbone, weights=None).state_dict()
             _BODIES[backbone] = {key: v for key, v in body.items() if key.startswith(("conv", "fc_layers"))}
             _randomise_norms(_BODIES[backbone])
-        state = {key: v.clone() if own else v for key, v in _BODIES[backbone].items()}
+        state = {
+            key: v.clone() if own and key.startswith("conv") else v for key, v in _BODIES[backbone].items()
+        }
         held = frozenset(key.split(".")[0] for key in state)
         given = Checkpoint("test", "0" * 64, backbone, REGISTRY[0].preprocess, state, held)
         encoder = VGG19Encoder(k, weights=given).eval()

@@ -1,4 +1,6 @@
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,26 @@ def stage_file(make_encoder, tmp_path) -> Path:
     return file
 
 
+@pytest.fixture
+def saved(make_encoder, tmp_path_factory) -> Path:
+    """A folder that `save_pretrained` wrote of an encoder declared trained; 560 MB, so written once."""
+    folder = tmp_path_factory.getbasetemp() / "saved"
+    if not folder.exists():
+        encoder = make_encoder(3)
+        encoder.mark_trained()
+        encoder.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("backbone", ["vgg19_bn", "vgg19"])
-def test_torchvision_checkpoint_loads_by_its_own_keys(tmp_path, backbone):
-    torch.manual_seed(3)
-    vgg = get_model_builder(backbone)(init_weights=False).eval()
+def test_torchvision_checkpoint_loads_by_its_own_keys(make_encoder, tmp_path, backbone):
+    with torch.device("meta"):
+        vgg = get_model_builder(backbone)(init_weights=False).eval()
+    values = {key: v for key, v in make_encoder(backbone=backbone).state_dict().items()}
+    theirs = [key for key in vgg.state_dict() if not key.startswith("classifier.6")]
+    state = dict(zip(theirs, values.values(), strict=False))
+    state.update({"classifier.6.weight": torch.zeros(1000, 4096), "classifier.6.bias": torch.zeros(1000)})
+    vgg.load_state_dict(state, assign=True)
     file = tmp_path / "vgg.pth"
     torch.save(vgg.state_dict(), file)
     encoder = VGG19Encoder(4, weights=file).eval()
@@ -73,10 +91,9 @@ def test_missing_and_unexpected_keys_are_named(make_encoder, tmp_path):
         VGG19Encoder(3, weights=file)
 
 
-def test_another_k_is_told_with_both_shapes(make_encoder, tmp_path):
-    make_encoder(3).save_pretrained(tmp_path)
+def test_another_k_is_told_with_both_shapes(saved):
     with pytest.raises(WeightsError, match=r"k=4.*\(3,.*there and \(4,"):
-        VGG19Encoder(4, weights=tmp_path)
+        VGG19Encoder(4, weights=saved)
 
 
 def test_old_files_without_batch_counts_load(make_encoder, tmp_path):
@@ -87,10 +104,9 @@ def test_old_files_without_batch_counts_load(make_encoder, tmp_path):
     assert VGG19Encoder(3, weights=tmp_path / "old.pth").trained == set(STAGE_NAMES)
 
 
-def test_a_complete_checkpoint_draws_no_random_number(make_encoder, tmp_path):
-    make_encoder(3).save_pretrained(tmp_path)
+def test_a_complete_checkpoint_draws_no_random_number(saved):
     before = torch.get_rng_state()
-    VGG19Encoder(3, weights=tmp_path)
+    VGG19Encoder(3, weights=saved)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -152,18 +168,21 @@ def test_save_and_from_pretrained_keep_values_training_and_preprocessing(oxford,
     assert capfd.readouterr().out == ""
 
 
-def test_a_declaration_of_training_survives_the_round_trip(make_encoder, tmp_path):
-    encoder = make_encoder(3)
-    encoder.mark_trained()
-    encoder.save_pretrained(tmp_path)
-    VGG19Encoder.from_pretrained(tmp_path).check_trained(["attributes"])
+def test_a_declaration_of_training_survives_the_round_trip(saved, make_encoder):
+    again = VGG19Encoder.from_pretrained(saved)
+    again.check_trained(["attributes"])
+    assert same_values(again, make_encoder(3))
 
 
-def test_saving_over_the_folder_that_was_loaded_works(make_encoder, tmp_path):
-    make_encoder(3).save_pretrained(tmp_path)
-    encoder = VGG19Encoder.from_pretrained(tmp_path)
-    encoder.save_pretrained(tmp_path)
-    assert same_values(encoder, VGG19Encoder.from_pretrained(tmp_path))
+def test_saving_over_the_folder_that_was_loaded_works(saved, tmp_path):
+    shutil.copytree(
+        saved, tmp_path / "own", copy_function=os.link
+    )  # saving replaces files, it never writes in them
+    encoder = VGG19Encoder.from_pretrained(tmp_path / "own")
+    with torch.no_grad():
+        encoder.fc4.bias.add_(1)
+    encoder.save_pretrained(tmp_path / "own")
+    assert same_values(encoder, VGG19Encoder.from_pretrained(tmp_path / "own"))
 
 
 def test_folder_without_heads_asks_for_k(stage_file):

@@ -320,8 +320,8 @@ def test_killed_runs_leave_what_an_undisturbed_run_writes(tmp_path):
         return process.exitcode != 0
 
     delays = random.Random(0)
-    killed = [run(tmp_path / "killed", delays.uniform(0, 0.4)) for _ in range(6)]
-    assert sum(killed) >= 3
+    killed = [run(tmp_path / "killed", delays.uniform(0, 0.4)) for _ in range(4)]
+    assert sum(killed) >= 2
     assert not run(tmp_path / "killed", None)
     assert not run(tmp_path / "calm", None)
     assert len(bytes_of(tmp_path / "calm")) == 80

