@@ -1,7 +1,7 @@
-"""How well does each stage tell classes apart? 1-nearest-neighbour accuracy, pretrained against random weights.
+"""How well does each stage tell classes apart? 1-nearest-neighbour accuracy, trained against random weights.
 
-DATA is a folder with a sub-folder of images for each class, or a Parquet file with the columns `image` (encoded
-image files) and `label`. Each image is compared with all others by cosine of the average-pooled stage.
+DATA is a folder with a sub-folder of images for each class, or a Parquet file with the columns `image`
+(encoded image files) and `label`. Each image is compared with all others by cosine of its pooled stages.
 
     python examples/compare_stages.py DATA --weights OXFORD_V1 --image-size 64 --classes ::10
 """

@@ -44,7 +44,7 @@ def saved(make_encoder, tmp_path_factory) -> Path:
 def test_torchvision_checkpoint_loads_by_its_own_keys(make_encoder, tmp_path, backbone):
     with torch.device("meta"):
         vgg = get_model_builder(backbone)(init_weights=False).eval()
-    values = {key: v for key, v in make_encoder(backbone=backbone).state_dict().items()}
+    values = make_encoder(backbone=backbone).state_dict()
     theirs = [key for key in vgg.state_dict() if not key.startswith("classifier.6")]
     state = dict(zip(theirs, values.values(), strict=False))
     state.update({"classifier.6.weight": torch.zeros(1000, 4096), "classifier.6.bias": torch.zeros(1000)})
