@@ -4,14 +4,18 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_builder
+from typing_extensions import Self
 
 from vggenc.errors import UsageError, WeightsError, one_of
 from vggenc.images import Preprocess
@@ -58,7 +62,7 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
     if isinstance(weights, WeightsEnum):
         file = fetch(find_entry(weights, backbone))
     elif (path := Path(weights)).exists() and str(weights) not in {entry.name for entry in REGISTRY}:
-        file = path / "model.safetensors" if path.is_dir() else path
+        file = path / SAFETENSORS_SINGLE_FILE if path.is_dir() else path
     elif isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
         raise UsageError(f"no such weights file: {path}")
     else:
@@ -178,7 +182,7 @@ def _some(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write a safetensors file that says what it is; it appears under its name only when it is whole."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -188,3 +192,59 @@ def save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
         raise WeightsError(f"{file} can't be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+class Saved(nn.Module, PyTorchModelHubMixin, library_name="vggenc", tags=["vgg19", "zero-shot"]):
+    """What saves an encoder to a folder or the Hugging Face Hub, and loads it from there."""
+
+    k: int
+    backbone: str
+    weights_name: str
+    trained: frozenset[str]
+    preprocess: Preprocess
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        about = {
+            "backbone": self.backbone,
+            "weights": self.weights_name,
+            "trained": [name for name in MODULES if name in self.trained],
+            "preprocess": asdict(self.preprocess),
+        }
+        state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        _save(save_directory / SAFETENSORS_SINGLE_FILE, state, about)
+        config = {"k": self.k, "backbone": self.backbone}
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **config: Any,
+    ) -> Self:
+        # The file says what it holds, so nothing else is fetched; what doesn't fit is always an error.
+        if os.path.isdir(model_id):
+            file = os.path.join(model_id, SAFETENSORS_SINGLE_FILE)
+        else:
+            file = hf_hub_download(
+                model_id,
+                SAFETENSORS_SINGLE_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        given = load(Path(file))
+        k = config.get("k", given.k)
+        if k is None:
+            raise WeightsError(f"{file} holds no heads; name their number of attributes with k=")
+        encoder = cls(k, backbone=config.get("backbone"), weights=given)
+        return encoder.to(map_location).eval()

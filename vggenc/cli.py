@@ -12,7 +12,7 @@ import typer
 
 from vggenc import __version__
 from vggenc.errors import UsageError, VggencError
-from vggenc.options import DTYPES, MIN_SIZE, POOLS, PRECISIONS, Options
+from vggenc.options import DEFAULT_WEIGHTS, DTYPES, MIN_SIZE, POOLS, PRECISIONS, Options, check_outputs
 from vggenc.stages import BACKBONES, OUTPUTS, STAGE_NAMES, STAGES
 
 # torch is imported inside the commands, so that help comes at once.
@@ -81,7 +81,7 @@ def extract_command(
     ] = Options.pool,
     weights: Annotated[
         str, typer.Option(help="A name of 'vggenc weights list', a file, or a folder of save_pretrained.")
-    ] = "IMAGENET1K_V1",
+    ] = DEFAULT_WEIGHTS,
     backbone: Backbone = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at a time.")] = Options.batch_size,
     part_size: Annotated[
@@ -131,17 +131,16 @@ def extract_command(
     from vggenc.encoder import VGG19Encoder
     from vggenc.engines import pick_device
     from vggenc.images import find_images
-    from vggenc.options import check_outputs
     from vggenc.pipeline import extract
 
     names = check_outputs(name for group in outputs or STAGE_NAMES for name in group.split(","))
-    find_images(inputs)  # before the weights, which take longer
+    images = find_images(inputs)  # before the weights, which take longer
     where = pick_device(device)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         checkpoint = load(weights, backbone)
         encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
-        summary = extract(inputs, encoder, names, output, options=options, overwrite=overwrite, progress=True)
+        summary = extract(images, encoder, names, output, options=options, overwrite=overwrite, progress=True)
     except KeyboardInterrupt:
         again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg != "--overwrite")])
         typer.echo(f"stopped; the finished parts are in {output}, and this goes on:\n  {again}", err=True)

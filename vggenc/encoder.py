@@ -1,24 +1,19 @@
 """VGG19Encoder: four VGG19 stages, the attribute heads, and the attention that a latent vector guides."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import WeightsEnum, get_model_builder
 
-from vggenc.checkpoint import Checkpoint, check_keys, load, save
+from vggenc.checkpoint import Checkpoint, Saved, check_keys, load
 from vggenc.errors import UsageError, WeightsError, one_of
 from vggenc.finetune import FineTuning
 from vggenc.init import weight_init
-from vggenc.options import MIN_SIZE, check_outputs
+from vggenc.options import DEFAULT_WEIGHTS, MIN_SIZE, check_outputs
 from vggenc.stages import (
     BACKBONES,
     DEFAULT_BACKBONE,
@@ -30,7 +25,7 @@ from vggenc.stages import (
     FeatureInfo,
     take_indices,
 )
-from vggenc.weights import DEFAULT_WEIGHTS, REGISTRY
+from vggenc.weights import REGISTRY
 
 GRID = 14
 """Cells along each side of the map that a head sees: conv5_4's own at 224 pixels."""
@@ -47,7 +42,7 @@ class EncoderOutput(NamedTuple):
     """`(N, k)`: the latent vector that guides the attention, batch-normalised."""
 
 
-class VGG19Encoder(FineTuning, PyTorchModelHubMixin, library_name="vggenc", tags=["vgg19", "zero-shot"]):
+class VGG19Encoder(FineTuning, Saved):
     """VGG19 at four depths with an attribute prediction on top (LFGAA, Liu et al., ICCV 2019).
 
     The stages `conv2_2 conv3_4 conv4_4 conv5_4` end after the ReLU of the convolution they are named for. A
@@ -293,49 +288,3 @@ class VGG19Encoder(FineTuning, PyTorchModelHubMixin, library_name="vggenc", tags
             if name not in MODULES:
                 raise one_of("a module", name, MODULES)
         self.trained |= frozenset(modules or MODULES)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        about = {
-            "backbone": self.backbone,
-            "weights": self.weights_name,
-            "trained": [name for name in MODULES if name in self.trained],
-            "preprocess": asdict(self.preprocess),
-        }
-        state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        save(save_directory / SAFETENSORS_SINGLE_FILE, state, about)
-        config = {"k": self.k, "backbone": self.backbone}
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **config: Any,
-    ) -> "VGG19Encoder":
-        # The file says what it holds, so nothing else is fetched; what doesn't fit is always an error.
-        if os.path.isdir(model_id):
-            file = os.path.join(model_id, SAFETENSORS_SINGLE_FILE)
-        else:
-            file = hf_hub_download(
-                model_id,
-                SAFETENSORS_SINGLE_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        given = load(Path(file))
-        k = config.get("k", given.k)
-        if k is None:
-            raise WeightsError(f"{file} holds no heads; name their number of attributes with k=")
-        encoder = cls(k, backbone=config.get("backbone"), weights=given)
-        return encoder.to(map_location).eval()

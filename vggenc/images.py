@@ -70,13 +70,17 @@ class ImageList(NamedTuple):
         return os.path.join(self.root, self.paths[index])
 
 
-def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageList:
+Inputs = ImageList | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def find_images(inputs: Inputs) -> ImageList:
     """List image files in a fixed order, each once.
 
     Args:
         inputs: one or more of: a file; a folder (searched through all levels for the suffixes of `FORMATS`,
             in sorted order); a glob pattern (`**` for any depth); `@list.txt`, a UTF-8 file that names one
-            file a line, relative to the working directory. Files named one by one need no known suffix.
+            file a line, relative to the working directory. Files named one by one need no known suffix. An
+            `ImageList` is handed back as it is.
 
     Returns:
         The files. `root` is the folder if it is the only input, else the deepest folder common to all. A
@@ -85,6 +89,8 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     Raises:
         UsageError: an input that doesn't exist, or no image at all.
     """
+    if isinstance(inputs, ImageList):
+        return inputs
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     names = [os.fspath(name) for name in given]
     files = dict.fromkeys(os.path.abspath(file) for name in names for file in _expand(name))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from vggenc.errors import UsageError, one_of
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 
+DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 POOLS = ("avg", "max", "none")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 DTYPES = ("float32", "float16")

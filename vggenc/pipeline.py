@@ -12,21 +12,22 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vggenc import __version__
 from vggenc.encoder import VGG19Encoder
 from vggenc.engines import TorchEngine
-from vggenc.images import ImageDataset, ImageList, Row, find_images
+from vggenc.images import ImageDataset, ImageList, Inputs, Row, find_images
 from vggenc.options import Options, check_outputs
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 from vggenc.store import Store, read_features
 
-Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-_VERSIONS = ("vggenc", "torch", "torchvision", "pillow")
+_VALUE_PACKAGES = ("torch", "torchvision", "pillow")
 _FAILURES_SHOWN = 5
 
 
@@ -154,11 +155,11 @@ def extract(
                 store.write(part, rows, arrays, whole)
         seconds = time.perf_counter() - start
         table = read_features(output, ["path", "status", "error"])
-    bad = [(row["path"], row["error"]) for row in table.to_pylist() if row["status"] != "ok"]
+    bad = table.filter(pc.field("status") != "ok")
     return Summary(
         images=store.rows,
-        failed=len(bad),
-        failures=tuple(bad[:_FAILURES_SHOWN]),
+        failed=bad.num_rows,
+        failures=tuple((row["path"], row["error"]) for row in bad.slice(0, _FAILURES_SHOWN).to_pylist()),
         computed=computed,
         seconds=seconds,
         folder=os.fspath(output),
@@ -192,7 +193,7 @@ def _settings(encoder: VGG19Encoder, engine: TorchEngine, options: Options) -> d
         "precision": engine.precision,
         "engine": engine.name,
         "dtype": options.dtype,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {"vggenc": __version__, **{name: version(name) for name in _VALUE_PACKAGES}},
     }
 
 

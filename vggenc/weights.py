@@ -13,9 +13,8 @@ from torchvision.models import WeightsEnum, get_model_weights
 
 from vggenc.errors import UsageError, WeightsError
 from vggenc.images import Preprocess
+from vggenc.options import DEFAULT_WEIGHTS
 from vggenc.stages import BACKBONES, DEFAULT_BACKBONE, STAGE_NAMES
-
-DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 
 
 @dataclass(frozen=True)
