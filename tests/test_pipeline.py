@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import select
 import signal
 import time
 
@@ -14,7 +15,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vggenc import Options, UsageError, VGG19Encoder, extract, iter_features, pipeline, read_features
-from vggenc.images import decode
+from vggenc.images import decode, find_images
+from vggenc.weights import REGISTRY
 
 SMALL = Options(image_size=32, part_size=4, batch_size=3, num_workers=0)
 
@@ -330,6 +332,30 @@ def test_killed_runs_leave_what_an_undisturbed_run_writes(tmp_path):
         "manifest.json",
         *bytes_of(tmp_path / "calm"),
     }
+
+
+def keep_a_worker(folder, told) -> None:
+    dataset = pipeline.ImageDataset(find_images(folder), REGISTRY[0].preprocess)
+    batches = pipeline._load(dataset, [range(1), range(1, 2), range(2, 10)], 1)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    told.put(worker.pid)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_workers_die_with_a_killed_main_process(folder):
+    processes = multiprocessing.get_context(
+        "forkserver"
+    )  # where the worker isn't a child of the main process
+    told = processes.Queue()
+    main = processes.Process(target=keep_a_worker, args=(folder, told))
+    main.start()
+    worker = os.pidfd_open(told.get())
+    main.kill()
+    main.join()
+    assert select.select([worker], [], [], 10)[0]
+    os.close(worker)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(oxford, folder):

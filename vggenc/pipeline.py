@@ -1,13 +1,16 @@
 """From input files to features: a batch at a time, or as a folder on disk."""
 
+import contextlib
 import hashlib
 import os
+import select
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -266,7 +269,7 @@ def _until_a_worker_dies(
                 batch_sampler=batches,  # type: ignore[arg-type]  # a range serves as a list of rows
                 num_workers=min(workers, len(batches)),
                 collate_fn=_collate,
-                worker_init_fn=_init_worker,
+                worker_init_fn=partial(_init_worker, os.getpid()),
             )
         )
     # Starting workers installs a handler for SIGCHLD that raises when one dies, in the middle of whatever
@@ -290,8 +293,20 @@ def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Ten
     return [row for row, _ in items], torch.stack(squares).permute(0, 3, 1, 2) if squares else None
 
 
-def _init_worker(_: int) -> None:
+def _init_worker(main: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    if hasattr(os, "pidfd_open"):
+        threading.Thread(target=_die_with, args=(main,), daemon=True).start()
+
+
+def _die_with(main: int) -> None:
+    """End this worker once the main process is dead.
+
+    PyTorch's own watch looks at the parent, which is a fork server where that is how processes start.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(main)], [], [])
+    os._exit(1)
 
 
 def _cores() -> int:
