@@ -328,6 +328,16 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(make_encoder):
     torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+def test_checkpointing_compiles_and_moves_statistics_once(make_encoder):
+    image = torch.randn(2, 3, 32, 32)
+    plain, checkpointed = make_encoder(own=True).train(), make_encoder(own=True).train()
+    checkpointed.set_grad_checkpointing()
+    plain.encode(image)["conv5_4"].square().mean().backward()
+    torch.compile(checkpointed.encode, backend="aot_eager")(image)["conv5_4"].square().mean().backward()
+    torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict())
+    torch.testing.assert_close(checkpointed.conv2_2[0].weight.grad, plain.conv2_2[0].weight.grad)
+
+
 def test_checkpointing_keeps_only_stage_boundaries(make_encoder):
     def saved(checkpointing: bool) -> int:
         encoder = make_encoder(own=True).train()

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import select
 import signal
 import time
@@ -238,6 +239,14 @@ def test_bf16_stays_near_fp32(oxford):
         assert not np.array_equal(full, half)
 
 
+def test_encoder_of_half_precision_is_run_as_it_is(make_encoder, folder):
+    encoder = make_encoder(own=True)
+    options = Options(image_size=32, num_workers=0)
+    [full] = iter_features(folder, encoder, ["conv3_4"], options=options)
+    [half] = iter_features(folder, encoder.bfloat16(), ["conv3_4"], options=options)
+    np.testing.assert_allclose(half.features["conv3_4"], full.features["conv3_4"], atol=0.02, rtol=0.05)
+
+
 def test_iterator_gives_the_rows_and_values_of_the_store(oxford, folder, tmp_path):
     spoil(folder)
     options = Options(image_size=32, part_size=6, batch_size=3, num_workers=0)
@@ -294,6 +303,20 @@ def test_worker_that_dies_costs_at_most_the_file_that_kills_it(oxford, folder, t
         rtol=1e-5,
         atol=1e-3,
     )
+
+
+def test_batches_arrive_where_shared_memory_is_too_small(oxford, folder):
+    options = Options(image_size=32, batch_size=5, num_workers=1)
+    [*expected] = iter_features(folder, oxford, ["conv2_2"], options=options)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # which counts for shared memory too
+    try:
+        [*batches] = iter_features(folder, oxford, ["conv2_2"], options=options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [batch.rows for batch in batches] == [batch.rows for batch in expected]
+    for batch, other in zip(batches, expected, strict=True):
+        np.testing.assert_array_equal(batch.features["conv2_2"], other.features["conv2_2"])
 
 
 def run_small_parts(pictures, target) -> None:

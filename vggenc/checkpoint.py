@@ -59,14 +59,16 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
     """
     if backbone not in (None, *BACKBONES):
         raise one_of("backbone", backbone, BACKBONES)
-    if isinstance(weights, WeightsEnum):
+    if not isinstance(weights, (str, os.PathLike, WeightsEnum)):
+        raise UsageError(f"weights must be a name, a path, torchvision's enum or None; got {weights!r}")
+    named = isinstance(weights, WeightsEnum) or str(weights) in {entry.name for entry in REGISTRY}
+    path = Path("" if named else weights)
+    if named or not (isinstance(weights, os.PathLike) or path.exists() or path.suffix or len(path.parts) > 1):
         file = fetch(find_entry(weights, backbone))
-    elif (path := Path(weights)).exists() and str(weights) not in {entry.name for entry in REGISTRY}:
-        file = path / SAFETENSORS_SINGLE_FILE if path.is_dir() else path
-    elif isinstance(weights, os.PathLike) or path.suffix or len(path.parts) > 1:
-        raise UsageError(f"no such weights file: {path}")
     else:
-        file = fetch(find_entry(weights, backbone))
+        file = path / SAFETENSORS_SINGLE_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise UsageError(f"no such weights file: {file}")
 
     digest = file_sha256(file)
     entry = next((entry for entry in REGISTRY if digest.startswith(entry.sha256)), None)

@@ -42,6 +42,9 @@ def main() -> None:
     except VggencError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(USAGE if isinstance(error, UsageError) else UNFINISHED)
+    except OSError as error:  # such as a full disk behind standard output
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(UNFINISHED)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -84,17 +85,17 @@ class VGG19Encoder(FineTuning, Saved):
         weights: str | os.PathLike[str] | WeightsEnum | Checkpoint | None = DEFAULT_WEIGHTS,
     ) -> None:
         super().__init__()
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
             raise UsageError(f"k, the number of attributes, must be a whole number of 1 or more; got {k!r}")
         if backbone not in (None, *BACKBONES):
             raise one_of("backbone", backbone, BACKBONES)
         given = weights if isinstance(weights, Checkpoint | None) else load(weights, backbone)
 
-        self.k = k
+        self.k = int(k)
         self.backbone = given.backbone if given else backbone or DEFAULT_BACKBONE
         self.preprocess = given.preprocess if given else REGISTRY[0].preprocess
         self.weights_name = given.name if given else "random"
-        self.weights_sha256 = given.sha256 if given else None
+        self.weights_sha256: str | None = given.sha256 if given else None
         self.feature_info = FeatureInfo()
 
         with torch.device("meta"):  # no memory and no random numbers until it is known what is needed
@@ -238,7 +239,7 @@ class VGG19Encoder(FineTuning, Saved):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages in timm's calling convention; its indices 1 to 4 of `vgg19_bn` are 0 to 3 here.
+        """The stages in timm's calling convention, trained or not; its indices 1 to 4 are 0 to 3 here.
 
         Args:
             x: images as in `forward`.

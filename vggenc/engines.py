@@ -58,11 +58,12 @@ class TorchEngine:
     def __init__(self, encoder: VGG19Encoder, outputs: tuple[str, ...], options: Options) -> None:
         tensors = [*encoder.parameters(), *encoder.buffers()]
         self._encoder = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
-        self._device = tensors[0].device
+        self._device, self._values = tensors[0].device, tensors[0].dtype
         self._outputs = outputs
         self._pool = options.pool
         self._dtype = np.dtype(options.dtype)
-        self.precision = pick_precision(options.precision, self._device)
+        own = {dtype: name for name, dtype in _DTYPES.items()}.get(self._values)  # as after encoder.half()
+        self.precision = own or pick_precision(options.precision, self._device)
         self.preprocess = encoder.preprocess.at(options.image_size)
         side = self.preprocess.crop
         self.shapes: dict[str, tuple[int, ...]] = {"fc7": (FC_WIDTH,), "attention": (len(STAGES), encoder.k)}
@@ -75,7 +76,7 @@ class TorchEngine:
         """From uint8 pixels `(N, 3, crop, crop)` to arrays `(N, *shape)` by output name."""
         with self._context():
             pixels = pixels.to(self._device, memory_format=torch.channels_last)
-            images = self.preprocess.normalize(pixels)
+            images = self.preprocess.normalize(pixels).to(self._values)
             encoded = self._encoder.encode(images, self._outputs, allow_untrained=True)
             return {name: self._finish(value) for name, value in encoded.items()}
 

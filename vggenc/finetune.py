@@ -79,9 +79,10 @@ class FineTuning(nn.Module):
 
     def checkpointed(self, stage: nn.Module, x: Tensor) -> Tensor:
         """Apply a stage, keeping only its input for the backward pass."""
-        if torch.is_grad_enabled():
-            contexts = partial(_contexts, stage)
-            result: Tensor = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+        if torch.compiler.is_compiling():  # which traces the statistics' updates, and repeats none
+            result: Tensor = checkpoint(stage, x, use_reentrant=False)
+        elif torch.is_grad_enabled():
+            result = checkpoint(stage, x, use_reentrant=False, context_fn=partial(_contexts, stage))
         else:
             result = stage(x)
         return result

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from vggenc import __version__
@@ -32,6 +32,7 @@ from vggenc.store import Store, read_features
 
 _VALUE_PACKAGES = ("torch", "torchvision", "pillow")
 _FAILURES_SHOWN = 5
+Pixels = Tensor | NDArray[np.uint8] | None
 
 
 class FeatureBatch(NamedTuple):
@@ -220,12 +221,13 @@ def _compute(
     images: ImageList, engine: TorchEngine, chunks: Sequence[range], options: Options
 ) -> Iterator[FeatureBatch]:
     dataset = ImageDataset(images, engine.preprocess, max_pixels=options.max_pixels)
-    for rows, pixels in _load(dataset, chunks, options.num_workers):
+    for rows, batch in _load(dataset, chunks, options.num_workers):
         good = np.array([row.status == "ok" for row in rows])
         features = {
             name: np.full((len(rows), *shape), np.nan, options.dtype) for name, shape in engine.shapes.items()
         }
-        if pixels is not None:
+        if batch is not None:
+            pixels = torch.as_tensor(batch).permute(0, 3, 1, 2)
             for name, values in engine(pixels).items():
                 features[name][good] = values
         for i in np.flatnonzero(good):
@@ -239,7 +241,7 @@ def _compute(
 
 def _load(
     dataset: ImageDataset, chunks: Sequence[range], num_workers: int | None
-) -> Iterator[tuple[list[Row], Tensor | None]]:
+) -> Iterator[tuple[list[Row], Pixels]]:
     """Decoded batches in order; a worker that dies costs at most the files that kill it."""
     workers = _cores() - 1 if num_workers is None else num_workers
     done = 0
@@ -248,19 +250,20 @@ def _load(
             yield batch
             done += 1
         if done < len(chunks):  # a file of this batch or of a later one killed its worker
-            rows, squares = [], []
+            rows: list[Row] = []
+            squares: list[Tensor] = []
             for index in chunks[done]:
-                died = [dataset.failed(index, "the process that decoded it died")], None
-                row, square = next(_until_a_worker_dies(dataset, [[index]], 1), died)
+                died = dataset.failed(index, "the process that decoded it died")
+                row, square = next(_until_a_worker_dies(dataset, [[index]], 1), ([died], None))
                 rows += row
-                squares += [] if square is None else [square]
+                squares += [] if square is None else [torch.as_tensor(square)]
             yield rows, torch.cat(squares) if squares else None
             done += 1
 
 
 def _until_a_worker_dies(
     dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int
-) -> Iterator[tuple[list[Row], Tensor | None]]:
+) -> Iterator[tuple[list[Row], Pixels]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         iterator = iter(
@@ -287,10 +290,21 @@ def _until_a_worker_dies(
             signal.signal(signal.SIGCHLD, before)
 
 
-def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Tensor | None]:
-    """Rows, and the pixels of the good ones as one tensor `(n, 3, H, W)` in channels-last order."""
+def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pixels]:
+    """Rows, and the pixels of the good ones as one array `(n, H, W, 3)`."""
+    rows = [row for row, _ in items]
     squares = [pixels.permute(1, 2, 0) for _, pixels in items if pixels is not None]
-    return [row for row, _ in items], torch.stack(squares).permute(0, 3, 1, 2) if squares else None
+    if not squares:
+        return rows, None
+    pixels = torch.stack(squares)
+    if get_worker_info() is not None:
+        # Tensors travel through shared memory. Where there is too little of it (64 MiB in a container), the
+        # queue would lose the batch and the main process wait for ever: then it travels through the pipe.
+        try:
+            pixels.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return rows, pixels.numpy()
+    return rows, pixels
 
 
 def _init_worker(main: int, _: int) -> None:
