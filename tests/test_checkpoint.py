@@ -150,6 +150,21 @@ def test_damaged_and_hostile_files_are_weights_errors_and_run_nothing(tmp_path, 
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        "3",
+        "{",
+        '{"backbone": "vgg19"}',
+        '{"backbone": "vgg16", "weights": "x", "trained": [], "preprocess": {}}',
+    ],
+)
+def test_a_files_odd_account_of_itself_is_a_weights_error(tmp_path, about):
+    save_file({"conv2_2.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"vggenc": about})
+    with pytest.raises(WeightsError, match=r"x\.safetensors can't be read"):
+        load(tmp_path / "x.safetensors")
+
+
 def test_a_path_that_does_not_exist_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no such weights file"):
         load(tmp_path / "nothing.pth")
@@ -164,6 +179,7 @@ def test_save_and_from_pretrained_keep_values_training_and_preprocessing(oxford,
     assert same_values(oxford, again)
     assert (again.k, again.backbone, again.trained) == (3, "vgg19", oxford.trained)
     assert again.preprocess == oxford.preprocess
+    assert again.weights_name == "saved from OXFORD_V1"
     assert not again.training
     assert capfd.readouterr().out == ""
 

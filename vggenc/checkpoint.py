@@ -91,7 +91,7 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
         backbone=found,
         preprocess=entry.preprocess if entry else about.get("preprocess", REGISTRY[0].preprocess),
         state=state,
-        trained=held & frozenset(about.get("trained", held)),
+        trained=held & about.get("trained", held),
     )
 
 
@@ -104,7 +104,10 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             with safe_open(file, framework="pt") as tensors:
                 content: Any = {key: tensors.get_tensor(key).clone() for key in tensors.keys()}  # noqa: SIM118
                 about = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
-                if "preprocess" in about:
+                if about:
+                    about["backbone"] = BACKBONES[BACKBONES.index(about["backbone"])]
+                    about["weights"] = "saved from " + about["weights"].removeprefix("saved from ")
+                    about["trained"] = frozenset(about["trained"])
                     about["preprocess"] = Preprocess.from_json(about["preprocess"])
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)

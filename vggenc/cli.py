@@ -136,7 +136,9 @@ def extract_command(
     from vggenc.images import find_images
     from vggenc.pipeline import extract
 
-    names = check_outputs(name for group in outputs or STAGE_NAMES for name in group.split(","))
+    names = check_outputs(
+        name for group in outputs or STAGE_NAMES for name in group.replace(" ", "").split(",")
+    )
     images = find_images(inputs)  # before the weights, which take longer
     where = pick_device(device)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -261,8 +263,8 @@ def weights_verify(
         "sha256": found.sha256,
         "backbone": found.backbone,
         "k": found.k,
-        "trained": " ".join(name for name in MODULES if name in found.trained),
-        "untrained": " ".join(name for name in MODULES if name not in found.trained),
+        "trained": [name for name in MODULES if name in found.trained],
+        "untrained": [name for name in MODULES if name not in found.trained],
     }
     _print(facts, as_json)
 
@@ -277,7 +279,8 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        typer.echo(f"{name:{width}}  {'-' if value in (None, '') else value}")
+        text = " ".join(value) if isinstance(value, list) else value
+        typer.echo(f"{name:{width}}  {'-' if text in (None, '') else text}")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -62,7 +62,8 @@ class VGG19Encoder(FineTuning, Saved):
         backbone: the backbone's name.
         preprocess: from a PIL image to the tensor `(3, 224, 224)` that these weights expect.
         trained: names of the modules whose values were trained.
-        weights_name: the weights' name in the registry, or their file's; `"random"` for None.
+        weights_name: the weights' name in the registry or their file's, `"saved from ..."` for what
+            `save_pretrained` wrote, `"random"` for None.
         weights_sha256: of their file.
         feature_info: channels, reduction and module name of each stage, as in timm.
 

@@ -231,7 +231,9 @@ class Preprocess:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocess":
         """The transform whose fields were written as JSON."""
-        return cls(tuple(fields["mean"]), tuple(fields["std"]), fields["resize"], fields["crop"])
+        (r, g, b), (rs, gs, bs) = fields["mean"], fields["std"]
+        mean, std = (float(r), float(g), float(b)), (float(rs), float(gs), float(bs))
+        return cls(mean, std, int(fields["resize"]), int(fields["crop"]))
 
     def at(self, image_size: int | None) -> "Preprocess":
         """The same transform for another crop, `resize` in proportion; None: this one."""
