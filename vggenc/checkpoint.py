@@ -20,7 +20,7 @@ from typing_extensions import Self
 from vggenc.errors import UsageError, WeightsError, one_of
 from vggenc.images import Preprocess
 from vggenc.stages import BACKBONES, MODULES, STAGES
-from vggenc.weights import REGISTRY, fetch, file_sha256, find_entry
+from vggenc.weights import REGISTRY, fetch, file_sha256, find_entry, verify
 
 METADATA_KEY = "vggenc"
 """Where a safetensors file of this package says what it is."""
@@ -55,7 +55,7 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
 
     Raises:
         UsageError: no such name or file, or a backbone that contradicts the weights.
-        WeightsError: a file that is missing, damaged, or doesn't hold a VGG19 of that backbone.
+        WeightsError: a file that is damaged, bears a name of the registry but isn't it, or holds no VGG19.
     """
     if backbone not in (None, *BACKBONES):
         raise one_of("backbone", backbone, BACKBONES)
@@ -72,6 +72,9 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
 
     digest = file_sha256(file)
     entry = next((entry for entry in REGISTRY if digest.startswith(entry.sha256)), None)
+    for other in REGISTRY:
+        if file.name == other.file and entry is not other:
+            verify(file, other)  # raises
     state, about = _read(file)
     if entry is not None and entry.package:
         state = _from_palette(state)

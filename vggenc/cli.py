@@ -136,9 +136,7 @@ def extract_command(
     from vggenc.images import find_images
     from vggenc.pipeline import extract
 
-    names = check_outputs(
-        name for group in outputs or STAGE_NAMES for name in group.replace(" ", "").split(",")
-    )
+    names = check_outputs(",".join(outputs or STAGE_NAMES).replace(" ", "").split(","))
     images = find_images(inputs)  # before the weights, which take longer
     where = pick_device(device)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -252,11 +250,7 @@ def weights_verify(
     """Read weights as the encoder would, and say what they are and what they hold."""
     from vggenc.checkpoint import load
     from vggenc.stages import MODULES
-    from vggenc.weights import REGISTRY, verify
 
-    for entry in REGISTRY:
-        if path.is_file() and path.name == entry.file:
-            verify(path, entry)
     found = load(path)
     facts = {
         "name": found.name,

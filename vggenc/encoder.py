@@ -91,6 +91,8 @@ class VGG19Encoder(FineTuning, Saved):
         if backbone not in (None, *BACKBONES):
             raise one_of("backbone", backbone, BACKBONES)
         given = weights if isinstance(weights, Checkpoint | None) else load(weights, backbone)
+        if given and backbone not in (None, given.backbone):
+            raise UsageError(f"the weights {given.name} belong to {given.backbone}, not to {backbone!r}")
 
         self.k = int(k)
         self.backbone = given.backbone if given else backbone or DEFAULT_BACKBONE
