@@ -234,7 +234,7 @@ def test_weights_list_fetch_and_verify(vggenc, tmp_path):
     assert (facts["name"], facts["backbone"], facts["trained"]) == (
         "OXFORD_V1",
         "vgg19",
-        " ".join(STAGE_NAMES),
+        list(STAGE_NAMES),
     )
     with open(fetched, "r+b") as file:
         file.seek(10_000_000)
