@@ -208,3 +208,17 @@ def test_folder_without_heads_asks_for_k(stage_file):
     with pytest.raises(WeightsError, match="k="):
         VGG19Encoder.from_pretrained(stage_file.parent)
     assert VGG19Encoder.from_pretrained(stage_file.parent, k=9).k == 9
+
+
+def test_what_is_no_folder_and_no_repository_is_told_without_a_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no such folder: nofolder"):
+        VGG19Encoder.from_pretrained("nofolder")
+    with pytest.raises(WeightsError, match="owner/name is no folder here and can't be had from the Hub"):
+        VGG19Encoder.from_pretrained("owner/name")
+
+
+def test_saved_files_have_the_mode_that_the_umask_gives(make_encoder, tmp_path):
+    make_encoder(1).save_pretrained(tmp_path / "saved")
+    assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
+    assert "pushed" not in (tmp_path / "saved" / "README.md").read_text()

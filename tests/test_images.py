@@ -9,8 +9,9 @@ from conftest import PHOTOGRAPHS
 from PIL import Image, ImageCms
 from torchvision.models import VGG19_BN_Weights
 
-from vggenc import ImageError, UsageError
-from vggenc.images import ImageDataset, ImageList, decode, find_images
+from vggenc import ImageError
+from vggenc.images import ImageDataset, decode
+from vggenc.inputs import find_images
 from vggenc.weights import REGISTRY
 
 PREPROCESS = REGISTRY[0].preprocess
@@ -21,76 +22,6 @@ NOISE = rng.integers(0, 256, (30, 20, 3), dtype=np.uint8)
 def pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
-
-
-# Finding
-
-
-def test_folder_is_searched_deep_and_sorted(folder):
-    found = find_images(folder)
-    assert found.root == str(folder)
-    assert found.paths == ["1.png", "2.png", "4.png", "5.png", "7.png", "8.png"] + [
-        f"deep/{i}.png" for i in (0, 3, 6, 9)
-    ]
-    assert os.path.samefile(found.file(6), folder / "deep" / "0.png")
-
-
-def test_other_files_are_passed_over_in_folders_but_not_when_named(folder):
-    (folder / "notes.txt").write_text("x")
-    (folder / "UPPER.JPG").write_text("x")
-    assert find_images(folder).paths[6] == "UPPER.JPG"
-    assert "notes.txt" not in find_images(folder).paths
-    assert find_images(folder / "notes.txt").paths == ["notes.txt"]
-
-
-def test_globs_lists_and_files_keep_the_order_given_and_name_each_file_once(folder, tmp_path):
-    listing = tmp_path / "list.txt"
-    listing.write_text(f"{folder}/8.png\r\n\n{folder}/missing.png\n{folder}/1.png\n")
-    found = find_images([f"{folder}/**/*[03].png", f"@{listing}", folder / "8.png", folder / "deep"])
-    assert found.root == str(folder)
-    assert found.paths == [
-        "deep/0.png",
-        "deep/3.png",
-        "8.png",
-        "missing.png",
-        "1.png",
-        "deep/6.png",
-        "deep/9.png",
-    ]
-
-
-def test_paths_in_a_list_are_relative_to_the_working_directory(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    (tmp_path / "list.txt").write_text("deep/3.png\n1.png")
-    assert find_images(f"@{tmp_path}/list.txt") == ImageList(str(folder), ["deep/3.png", "1.png"])
-
-
-def test_file_whose_name_looks_like_a_pattern_is_found(folder):
-    (folder / "[1].png").write_bytes(b"")
-    assert find_images(str(folder / "[1].png")).paths == ["[1].png"]
-
-
-def test_links_are_followed_but_not_in_circles(folder):
-    (folder / "deep" / "up").symlink_to(folder)
-    (folder / "gone.png").symlink_to(folder / "nothing")
-    paths = find_images(folder).paths
-    assert len(paths) == 11
-    assert "gone.png" in paths
-
-
-@pytest.mark.parametrize("inputs", ["nowhere", "*.nothing", "@nolist.txt", []])
-def test_inputs_that_name_nothing_are_usage_errors(inputs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError):
-        find_images(inputs)
-
-
-def test_folder_without_images_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="no images in"):
-        find_images(tmp_path)
-
-
-# Decoding
 
 
 def test_plain_picture_keeps_its_pixels(tmp_path):

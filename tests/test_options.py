@@ -29,4 +29,4 @@ def test_parts_are_smaller_with_whole_maps():
         Options().rows_per_part,
         Options(pool="none").rows_per_part,
         Options(part_size=7).rows_per_part,
-    ) == (1024, 32, 7)
+    ) == (256, 32, 7)

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from vggenc import Options, UsageError, VGG19Encoder, extract, iter_features, pipeline, read_features
-from vggenc.images import decode, find_images
+from vggenc.images import decode
+from vggenc.inputs import find_images
 from vggenc.weights import REGISTRY
 
 SMALL = Options(image_size=32, part_size=4, batch_size=3, num_workers=0)

@@ -124,5 +124,22 @@ def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="can't be written"), new_store(tmp_path / "file" / "features"):
         pass
-    with pytest.raises(StoreError, match="can't be written"), new_store(tmp_path / "file"):
+    with pytest.raises(UsageError, match="is a file"), new_store(tmp_path / "file"):
         pass
+
+
+def test_columns_that_cannot_be_meant_are_told(tmp_path):
+    settings = {"outputs": {"conv2_2": [3], "conv5_4": [512, 2, 2]}}
+    with new_store(tmp_path, rows=2, settings=settings) as it:
+        it.write(0, ROWS, VECTORS)
+    with pytest.raises(UsageError, match=r"such as \['conv2_2'\]"):
+        read_features(tmp_path, "conv2_2")
+    with pytest.raises(UsageError, match="whole maps of conv5_4, in its safetensors files"):
+        read_features(tmp_path, ["conv5_4"])
+
+
+def test_files_of_a_run_have_the_mode_that_the_umask_gives(tmp_path):
+    with new_store(tmp_path, rows=2) as it:
+        it.write(0, ROWS, VECTORS, {"map": np.zeros((2, 1, 1, 1), np.float32)})
+    (tmp_path / "plain").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1

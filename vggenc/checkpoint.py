@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -115,10 +117,10 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = str(error).strip().split("\n")[0][:200]
-        raise WeightsError(
-            f"{file} can't be read as a checkpoint: {type(error).__name__}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to unpickle freely
+            reason = "torch.save didn't write it, or it holds more than tensors"
+        raise WeightsError(f"{file} can't be read as a checkpoint: {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -195,6 +197,7 @@ def _save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(state, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(about)})
+        shutil.copymode(file.parent / CONFIG_NAME, partial)  # the writer's own is for the owner only
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{file} can't be written: {error}") from error
@@ -202,7 +205,23 @@ def _save(file: Path, state: dict[str, Tensor], about: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-class Saved(nn.Module, PyTorchModelHubMixin, library_name="vggenc", tags=["vgg19", "zero-shot"]):
+_CARD = """---
+{{ card_data }}
+---
+
+A `VGG19Encoder` of the Python package vggenc:
+
+    encoder = VGG19Encoder.from_pretrained("this folder, or its name on the Hub")
+"""
+
+
+class Saved(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="vggenc",
+    tags=["vgg19", "zero-shot"],
+    model_card_template=_CARD,
+):
     """What saves an encoder to a folder or the Hugging Face Hub, and loads it from there."""
 
     k: int
@@ -218,10 +237,33 @@ class Saved(nn.Module, PyTorchModelHubMixin, library_name="vggenc", tags=["vgg19
             "trained": [name for name in MODULES if name in self.trained],
             "preprocess": asdict(self.preprocess),
         }
-        state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        _save(save_directory / SAFETENSORS_SINGLE_FILE, state, about)
         config = {"k": self.k, "backbone": self.backbone}
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        _save(save_directory / SAFETENSORS_SINGLE_FILE, state, about)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: the folder, from which nothing is downloaded, or `owner/name` of a
+                repository on the Hugging Face Hub.
+            **options: those of huggingface_hub's `PyTorchModelHubMixin.from_pretrained`, such as `revision`.
+
+        Raises:
+            UsageError: neither a folder nor a repository's name.
+            WeightsError: it can't be downloaded, is damaged or holds no encoder.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UsageError(f"no such folder: {name}; a repository on the Hub is named owner/name")
+        try:
+            encoder: Self = super().from_pretrained(name, **options)
+        except OSError as error:  # those of the Hub's library among them
+            reason = str(error).strip().splitlines()[0]
+            raise WeightsError(f"{name} is no folder here and can't be had from the Hub: {reason}") from error
+        return encoder
 
     @classmethod
     def _from_pretrained(

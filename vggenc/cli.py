@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -12,6 +13,7 @@ import typer
 
 from vggenc import __version__
 from vggenc.errors import UsageError, VggencError
+from vggenc.inputs import find_images
 from vggenc.options import DEFAULT_WEIGHTS, DTYPES, MIN_SIZE, POOLS, PRECISIONS, Options, check_outputs
 from vggenc.stages import BACKBONES, OUTPUTS, STAGE_NAMES, STAGES
 
@@ -88,7 +90,7 @@ def extract_command(
     backbone: Backbone = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at a time.")] = Options.batch_size,
     part_size: Annotated[
-        int | None, typer.Option(help="Rows in a part on disk.", show_default="1024; 32 for whole maps")
+        int | None, typer.Option(help="Rows in a part on disk.", show_default="256; 32 for whole maps")
     ] = Options.part_size,
     num_workers: Annotated[
         int | None, typer.Option(help="Decoding processes; 0: decode in this one.", show_default="cores - 1")
@@ -130,28 +132,31 @@ def extract_command(
         max_pixels=max_pixels,
         allow_untrained=allow_untrained,
     )
-    from vggenc.checkpoint import load
-    from vggenc.encoder import VGG19Encoder
-    from vggenc.engines import pick_device
-    from vggenc.images import find_images
-    from vggenc.pipeline import extract
-
-    names = check_outputs(",".join(outputs or STAGE_NAMES).replace(" ", "").split(","))
-    images = find_images(inputs)  # before the weights, which take longer
-    where = pick_device(device)
+    # What needs no torch comes first, so that a slip is told at once.
+    names = check_outputs(re.findall(r"[^,\s]+", ",".join(STAGE_NAMES if outputs is None else outputs)))
+    images = find_images(inputs)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        from vggenc.checkpoint import load
+        from vggenc.encoder import VGG19Encoder
+        from vggenc.engines import pick_device
+        from vggenc.pipeline import extract
+
+        where = pick_device(device)
         checkpoint = load(weights, backbone)
         encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
         summary = extract(images, encoder, names, output, options=options, overwrite=overwrite, progress=True)
     except KeyboardInterrupt:
         again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg != "--overwrite")])
-        typer.echo(f"stopped; the finished parts are in {output}, and this goes on:\n  {again}", err=True)
+        kept = _rows_kept(output)
+        typer.echo(
+            f"stopped; {kept} of {len(images.paths)} rows are in {output}, this goes on:\n  {again}", err=True
+        )
         raise typer.Exit(UNFINISHED) from None
     facts = {
         "images": summary.images,
         "failed": summary.failed,
-        "images/s": round(summary.images_per_second, 2),
+        "images/s": summary.images_per_second and round(summary.images_per_second, 2),
         "folder": summary.folder,
     }
     _print(facts, as_json)
@@ -261,6 +266,15 @@ def weights_verify(
         "untrained": [name for name in MODULES if name not in found.trained],
     }
     _print(facts, as_json)
+
+
+def _rows_kept(folder: Path) -> int:
+    from vggenc.store import read_features
+
+    try:
+        return int(read_features(folder, ["path"], partial=True).num_rows)
+    except VggencError:
+        return 0
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -187,6 +187,7 @@ class VGG19Encoder(FineTuning, Saved):
             UsageError: an unknown name, features that were never trained, or images as in `forward`.
         """
         names = check_outputs(outputs)
+        _check_images(images)
         if not allow_untrained:
             self.check_trained(names)
         last = max(
@@ -200,12 +201,6 @@ class VGG19Encoder(FineTuning, Saved):
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
         """The outputs of the stages 0 to `last`."""
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
-            raise UsageError(
-                f"images must be (N, 3, H, W) with H and W of {MIN_SIZE} or more; got {tuple(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise UsageError(f"images must be floating point, as from encoder.preprocess; got {images.dtype}")
         maps, x = [], images
         for name in STAGE_NAMES[: last + 1]:
             stage = getattr(self, name)
@@ -260,6 +255,7 @@ class VGG19Encoder(FineTuning, Saved):
         """
         if output_fmt != "NCHW":
             raise one_of("output_fmt", output_fmt, ["NCHW"])
+        _check_images(x)
         wanted = take_indices(indices)
         maps = self._stages(x, max(wanted) if stop_early or intermediates_only else len(STAGES) - 1)
         intermediates = [stage for i, stage in enumerate(maps) if i in wanted]
@@ -275,9 +271,11 @@ class VGG19Encoder(FineTuning, Saved):
         """
         for name in check_outputs(outputs):
             if missing := [module for module in OUTPUTS[name] if module not in self.trained]:
+                holders = [entry.name for entry in REGISTRY if set(missing) <= set(entry.holds)]
+                such = f", such as {holders[0]}" if holders else ""
                 raise UsageError(
                     f"{name!r} passes through layers that were never trained with the weights "
-                    f"{self.weights_name!r}: {', '.join(missing)}. Load weights that hold them, call "
+                    f"{self.weights_name!r}: {', '.join(missing)}. Load weights that hold them{such}, call "
                     "mark_trained() once you have trained them, or allow it with allow_untrained=True "
                     "(--allow-untrained)."
                 )
@@ -292,3 +290,12 @@ class VGG19Encoder(FineTuning, Saved):
             if name not in MODULES:
                 raise one_of("a module", name, MODULES)
         self.trained |= frozenset(modules or MODULES)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
+        raise UsageError(
+            f"images must be (N, 3, H, W) with H and W of {MIN_SIZE} or more; got {tuple(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise UsageError(f"images must be floating point, as from encoder.preprocess; got {images.dtype}")

@@ -28,7 +28,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(
+            f"device {name!r} can't be used on this machine; it has {', '.join(here)}"
+        ) from error
     return device
 
 

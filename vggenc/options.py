@@ -20,28 +20,32 @@ MAX_PIXELS = 1024**3 // 4 // 3
 class Options:
     """How features are computed and written; the command line has an option for each field.
 
+    Attributes:
+        pool: how the map of a stage becomes one vector: `avg`, `max`, or `none` for whole maps.
+        image_size: side in pixels of the square the encoder sees, 32 or more; None: what the weights expect
+            (224). The shorter side is resized to 256/224 of it, as for the weights' own size.
+        precision: arithmetic: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware has it, else fp32.
+        dtype: how values are handed out and written: `float32` or `float16`.
+        batch_size: images computed at a time; it changes values by rounding only.
+        part_size: rows in one part on disk; None: 256, or 32 with whole maps.
+        num_workers: processes that decode images; None: one less than there are cores, 0: decode in this
+            process.
+        max_pixels: a larger image (width x height) becomes a failed row.
+        allow_untrained: hand out features of layers that were never trained.
+
     Raises:
         UsageError: a value out of range; the message names it and what is allowed.
     """
 
     pool: str = "avg"
-    """How the map of a stage becomes one vector: `avg`, `max`, or `none` for whole maps."""
     image_size: int | None = None
-    """Side in pixels of the square the encoder sees, 32 or more; None: what the weights expect (224)."""
     precision: str = "fp32"
-    """Arithmetic: `fp32`, `bf16`, `fp16`, or `auto` for bf16 where the hardware has it, else fp32."""
     dtype: str = "float32"
-    """How values are handed out and written: `float32` or `float16`."""
     batch_size: int = 32
-    """Images computed at a time; it changes values by rounding only."""
     part_size: int | None = None
-    """Rows in one part on disk; None: 1024, or 32 with whole maps."""
     num_workers: int | None = None
-    """Processes that decode images; None: one less than there are cores, 0: decode in this process."""
     max_pixels: int = MAX_PIXELS
-    """A larger image (width x height) becomes a failed row."""
     allow_untrained: bool = False
-    """Hand out features of layers that were never trained."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("pool", POOLS), ("precision", PRECISIONS), ("dtype", DTYPES)):
@@ -59,7 +63,7 @@ class Options:
     @property
     def rows_per_part(self) -> int:
         """Rows in one part on disk, with the default resolved."""
-        return self.part_size or (32 if self.pool == "none" else 1024)
+        return self.part_size or (32 if self.pool == "none" else 256)
 
 
 def check_outputs(outputs: Iterable[str] = STAGE_NAMES) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import select
+import shutil
 import signal
 import threading
 import time
@@ -25,7 +26,8 @@ from tqdm import tqdm
 from vggenc import __version__
 from vggenc.encoder import VGG19Encoder
 from vggenc.engines import TorchEngine
-from vggenc.images import ImageDataset, ImageList, Inputs, Row, find_images
+from vggenc.images import ImageDataset, Row
+from vggenc.inputs import ImageList, Inputs, find_images
 from vggenc.options import Options, check_outputs
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 from vggenc.store import Store, read_features
@@ -36,34 +38,41 @@ Pixels = Tensor | NDArray[np.uint8] | None
 
 
 class FeatureBatch(NamedTuple):
-    """Some rows and their features."""
+    """Some rows and their features.
+
+    Attributes:
+        rows: one an input file, in input order: `path`, `status`, `error`, `width`, `height`.
+        features: `(len(rows), ...)` for each output; NaN where the row's status is `failed`.
+    """
 
     rows: list[Row]
-    """One an input file, in input order."""
     features: dict[str, NDArray[np.floating]]
-    """`(len(rows), ...)` for each output; NaN where the row's status is `failed`."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run over a folder came to."""
+    """What a run over a folder came to.
+
+    Attributes:
+        images: rows in the folder.
+        failed: how many of them have the status `failed`.
+        failures: path and reason of the first few.
+        computed: rows that this run made; the others were there from earlier.
+        seconds: spent on them.
+        folder: where the features lie.
+    """
 
     images: int
-    """Rows in the folder."""
     failed: int
-    """How many of them have the status `failed`."""
     failures: tuple[tuple[str, str], ...]
-    """Path and reason of the first few."""
     computed: int
-    """Rows that this run made; the others were there from earlier."""
     seconds: float
-    """Spent on them."""
     folder: str
 
     @property
-    def images_per_second(self) -> float:
-        """Rows made by this run in a second; 0 where it made none."""
-        return self.computed / self.seconds if self.computed else 0.0
+    def images_per_second(self) -> float | None:
+        """Rows made by this run in a second; None where it made none."""
+        return self.computed / self.seconds if self.computed else None
 
 
 def iter_features(
@@ -76,7 +85,7 @@ def iter_features(
     """Compute features batch by batch, without a folder on disk.
 
     Args:
-        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.images.find_images`.
+        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.inputs.find_images`.
         encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
         outputs: names, as for `VGG19Encoder.encode`.
         options: how; None: the defaults of `Options`.
@@ -106,9 +115,9 @@ def extract(
     """Write the features of many images to a folder, resuming what an earlier run left there.
 
     Args:
-        inputs: as for `iter_features`.
-        encoder: likewise.
-        outputs: likewise.
+        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.inputs.find_images`.
+        encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
+        outputs: names, as for `VGG19Encoder.encode`.
         output: the folder; see `read_features` for what it holds.
         options: how; None: the defaults of `Options`.
         overwrite: replace an earlier run with other settings.
@@ -139,7 +148,11 @@ def extract(
         chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
         with tqdm(
-            total=store.rows, initial=store.rows - computed, unit="img", disable=None if progress else True
+            total=store.rows,
+            initial=store.rows - computed,
+            unit="img",
+            ncols=shutil.get_terminal_size().columns,  # also where a terminal says that it has none
+            disable=None if progress else True,
         ) as bar:
             failed = 0
             batches = _compute(images, engine, chunks, options)

@@ -100,5 +100,5 @@ def take_indices(indices: int | Sequence[int] | None) -> set[int]:
     else:
         wanted = {i + count if i < 0 else i for i in (range(count) if indices is None else indices)}
     if not wanted or not all(0 <= i < count for i in wanted):
-        raise UsageError(f"indices must name some of the {count} stages; got {indices!r}")
+        raise UsageError(f"indices must be some of 0 to {count - 1} (timm's 1 to {count}); got {indices!r}")
     return wanted

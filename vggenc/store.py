@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -84,6 +85,8 @@ class Store:
         self._lock = FileLock(self.folder / ".vggenc-lock", timeout=0)
 
     def __enter__(self) -> Self:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file, not a folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -120,7 +123,7 @@ class Store:
         foreign = [file.name for file in self.folder.iterdir() if not _OURS.fullmatch(file.name)]
         if found is None and foreign:
             raise UsageError(
-                f"{self.folder} holds other files ({min(foreign)}, ...); name an empty or new folder"
+                f"{self.folder} holds other files, such as {min(foreign)}; name an empty or new folder"
             )
         if found is not None and self.overwrite:
             # The manifest goes last, so that a kill in between leaves a folder that is still known as ours.
@@ -186,6 +189,8 @@ class Store:
         partial = self.folder / f".vggenc-{name}"
         try:
             write(partial)
+            if name != MANIFEST:
+                shutil.copymode(self.folder / MANIFEST, partial)  # some writers' own is for the owner only
             with partial.open("rb+") as stream:
                 os.fsync(stream.fileno())
             partial.replace(self.folder / name)
@@ -212,6 +217,8 @@ def read_features(
         UsageError: no such folder, or no such column.
         StoreError: the run isn't finished, or a part is damaged.
     """
+    if isinstance(columns, str):
+        raise UsageError(f"columns must be a list of names, such as [{columns!r}]; got a string")
     folder = Path(folder)
     manifest = _read_manifest(folder)
     if manifest is None:
@@ -229,6 +236,10 @@ def read_features(
     try:
         there = pq.read_schema(files[0]).names
         for name in names or ():
+            if name in manifest["settings"].get("outputs", {}) and name not in there:
+                raise UsageError(
+                    f"{folder} holds whole maps of {name}, in its safetensors files, not in the table"
+                )
             if name not in there:
                 raise one_of("a column", name, there)
         table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])

