@@ -66,3 +66,19 @@ def test_other_layers_are_left_alone():
 def test_mistakes_are_usage_errors(call):
     with pytest.raises(UsageError):
         call(torch.zeros(3))
+
+
+def test_large_layers_depend_on_the_seed_and_not_on_the_threads():
+    layer = nn.Linear(4096, 4096)
+    drawn = []
+    threads = torch.get_num_threads()
+    for count in (1, threads, threads):
+        torch.set_num_threads(count)
+        torch.manual_seed(7 + len(drawn) // 2)
+        weight_init(layer)
+        drawn.append(layer.weight.detach().clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    assert drawn[0].std().item() == pytest.approx(0.01, rel=0.01)
+    rows = drawn[0].view(4, -1)  # the slices are not repetitions of each other
+    assert torch.corrcoef(rows).triu(1).abs().max() < 0.01

@@ -14,7 +14,16 @@ import typer
 from vggenc import __version__
 from vggenc.errors import UsageError, VggencError
 from vggenc.inputs import find_images
-from vggenc.options import DEFAULT_WEIGHTS, DTYPES, MIN_SIZE, POOLS, PRECISIONS, Options, check_outputs
+from vggenc.options import (
+    DEFAULT_WEIGHTS,
+    DTYPES,
+    ENGINE_NAMES,
+    MIN_SIZE,
+    POOLS,
+    PRECISIONS,
+    Options,
+    check_outputs,
+)
 from vggenc.stages import BACKBONES, OUTPUTS, STAGE_NAMES, STAGES
 
 # torch is imported inside the commands, so that help comes at once.
@@ -98,9 +107,15 @@ def extract_command(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     ] = "auto",
+    engine: Annotated[
+        str, typer.Option(help=f"What computes: {', '.join(ENGINE_NAMES)} (the fastest installed).")
+    ] = Options.engine,
     precision: Annotated[
         str, typer.Option(help=f"Arithmetic: {', '.join(PRECISIONS)} (bf16 where the hardware has it).")
     ] = Options.precision,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Let torch.compile work on the engine torch first.")
+    ] = Options.compile,
     dtype: Annotated[str, typer.Option(help=f"Values on disk: {', '.join(DTYPES)}.")] = Options.dtype,
     image_size: Annotated[
         int | None,
@@ -124,7 +139,9 @@ def extract_command(
     options = Options(
         pool=pool,
         image_size=image_size,
+        engine=engine,
         precision=precision,
+        compile=compile_,
         dtype=dtype,
         batch_size=batch_size,
         part_size=part_size,
@@ -157,6 +174,8 @@ def extract_command(
         "images": summary.images,
         "failed": summary.failed,
         "images/s": summary.images_per_second and round(summary.images_per_second, 2),
+        "engine": f"{summary.engine} {summary.precision}",
+        "first part": summary.first_part and f"{summary.first_part:.1f} s",
         "folder": summary.folder,
     }
     _print(facts, as_json)

@@ -1,7 +1,13 @@
-"""How a frozen encoder is run: from a batch of pixels to arrays by name."""
+"""How a frozen encoder is run fast: from a batch of pixels to arrays by name."""
 
 import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +16,14 @@ from torch import Tensor
 
 from vggenc.encoder import VGG19Encoder
 from vggenc.errors import UsageError
-from vggenc.options import Options
-from vggenc.stages import FC_WIDTH, STAGES
+from vggenc.options import ENGINES, Options
+from vggenc.stages import FC_WIDTH, OUTPUTS, STAGE_NAMES, STAGES
+from vggenc.trunks import NcnnTrunk, OpenVinoTrunk, Tap, TorchTrunk, flops, fold
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Arrays = dict[str, NDArray[np.floating]]
+Trunk = TorchTrunk | NcnnTrunk | OpenVinoTrunk
+_TRUNKS: dict[str, type[Trunk]] = {"torch": TorchTrunk, "ncnn": NcnnTrunk, "openvino": OpenVinoTrunk}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,75 +39,188 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(
-            f"device {name!r} can't be used on this machine; it has {', '.join(here)}"
-        ) from error
+        raise UsageError(f"device {name!r} can't be used here; there are {', '.join(here)}") from error
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of a name; `auto` is bf16 where the hardware computes with it, else fp32."""
-    if name != "auto":
-        return name
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware itself computes with bf16."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = device.type == "cpu" and any(able.get(key) for key in ("avx512_bf16", "amx_bf16"))
-    return "bf16" if native else "fp32"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and any(able.get(key) for key in ("avx512_bf16", "amx_bf16"))
 
 
-class TorchEngine:
-    """Runs an encoder in evaluation mode on its own device, without touching the encoder's modes.
+def installed(engine: str) -> bool:
+    """Whether the packages of an engine are there."""
+    return all(importlib.util.find_spec(package) for package in _TRUNKS[engine].packages)
+
+
+def pick(options: Options, device: torch.device) -> tuple[str, str]:
+    """The engine and the precision that options come to on a device, `auto` resolved.
+
+    Raises:
+        UsageError: an engine that isn't installed, doesn't run on the device or lacks the precision.
+    """
+    engine, precision = options.engine, options.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    if engine == "auto":
+        able = [name for name in ENGINES[precision] if installed(name)]
+        if device.type != "cpu":
+            able = [name for name in able if name == "torch"]
+        engine = able[0] if able else ENGINES[precision][0]
+    if not installed(engine):
+        raise UsageError(f"{precision} with {engine} needs its extra: pip install 'vggenc[{engine}]'")
+    if engine != "torch" and device.type != "cpu":
+        raise UsageError(f"the engine {engine} runs on the CPU, not on {device}")
+    return engine, precision
+
+
+class Engine:
+    """Runs an encoder in evaluation mode, in a form of its own: the encoder itself is never changed.
+
+    Batch norm is folded into the convolutions. No more is computed than the outputs need.
 
     Args:
-        encoder: its values are shared, not copied.
+        encoder: the values; the engine torch runs on its device.
         outputs: names, as for `VGG19Encoder.encode`.
-        options: `pool`, `precision`, `image_size` and `dtype` are used.
+        options: `engine`, `precision`, `compile`, `pool`, `image_size` and `dtype` are used.
+
+    Attributes:
+        name: `torch`, `ncnn` or `openvino`.
+        precision: `fp32`, `bf16`, `fp16` or `int8`.
+        preprocess: the transform of the pixels it takes.
+        shapes: shape of one row of each output.
+        dtype: of the arrays it gives.
+        flops: floating-point operations for an image, as direct convolutions.
+        in_flight: batches to hand in before the first result is awaited.
+
+    Raises:
+        UsageError: as `pick` does.
     """
 
-    name = "torch"
-
     def __init__(self, encoder: VGG19Encoder, outputs: tuple[str, ...], options: Options) -> None:
-        tensors = [*encoder.parameters(), *encoder.buffers()]
-        self._encoder = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
-        self._device, self._values = tensors[0].device, tensors[0].dtype
+        self.device = next(encoder.parameters()).device
+        self.name, self.precision = pick(options, self.device)
+        self._compile = options.compile
         self._outputs = outputs
         self._pool = options.pool
-        self._dtype = np.dtype(options.dtype)
-        own = {dtype: name for name, dtype in _DTYPES.items()}.get(self._values)  # as after encoder.half()
-        self.precision = own or pick_precision(options.precision, self._device)
+        self.dtype = np.dtype(options.dtype)
         self.preprocess = encoder.preprocess.at(options.image_size)
         side = self.preprocess.crop
-        self.shapes: dict[str, tuple[int, ...]] = {"fc7": (FC_WIDTH,), "attention": (len(STAGES), encoder.k)}
+        shapes: dict[str, tuple[int, ...]] = {"fc7": (FC_WIDTH,), "attention": (len(STAGES), encoder.k)}
         for stage in STAGES:
             cells = () if self._pool != "none" else (side // stage.reduction,) * 2
-            self.shapes[stage.name] = (stage.channels, *cells)
-        self.shapes = {name: self.shapes.get(name, (encoder.k,)) for name in outputs}
+            shapes[stage.name] = (stage.channels, *cells)
+        self.shapes = {name: shapes.get(name, (encoder.k,)) for name in outputs}
 
-    def __call__(self, pixels: Tensor) -> dict[str, NDArray[np.floating]]:
+        self._heads = {name for name in outputs if name not in STAGE_NAMES}
+        seen = {"conv5_4"} if self._heads else set()
+        if any("extract_0" in OUTPUTS[name] for name in self._heads):
+            seen = set(STAGE_NAMES)
+        self._maps = [name for name in STAGE_NAMES if name in seen]
+        last = max(STAGE_NAMES.index(name) for name in (*outputs, *seen) if name in STAGE_NAMES)
+        self._chain = fold({name: getattr(encoder, name) for name in STAGE_NAMES[: last + 1]})
+        self.flops = flops(self._chain, side, side)
+        self._encoder: VGG19Encoder | None = None
+        if self._heads:  # a copy that shares the values, unless they are of another type
+            tensors = [*encoder.parameters(), *encoder.buffers()]
+            shared = {id(tensor): tensor for tensor in tensors if tensor.dtype == torch.float32}
+            self._encoder = copy.deepcopy(encoder, shared).eval().float()
+        self._trunk: Trunk | None = None
+        self.in_flight = 2 if self.device.type == "cuda" else 1
+        # Smaller portions stay in the CPU's cache; with more threads, more images are needed to feed them.
+        self._portion = max(1, torch.get_num_threads() // 4) if self.device.type == "cpu" else 1 << 30
+        self._copies: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `prepare` needs a sample of the images."""
+        return self.precision == "int8"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the values here, for a manifest."""
+        versions = {name: version(name) for name in ("torch", *_TRUNKS[self.name].packages)}
+        facts = {"engine": self.name, "precision": self.precision, "compile": self._compile}
+        return {**facts, "versions": versions}
+
+    def prepare(self, sample: Iterable[Tensor] = (), file: Path | None = None) -> None:
+        """Build what computes; the first call does it where this wasn't called.
+
+        Args:
+            sample: for int8: pixels `(1, 3, crop, crop)` (uint8) of images like those to come.
+            file: for int8: keeps the calibrated model; it is read where it exists.
+        """
+        taps: set[Tap] = {(name, self._pool) for name in self._outputs if name in STAGE_NAMES}
+        taps |= {(name, "none") for name in self._maps}
+        if self.name == "torch":
+            if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16(self.device):
+                text = "this CPU doesn't compute with bf16: PyTorch's stand-in for it is far slower than fp32"
+                warnings.warn(text, stacklevel=2)
+            self._trunk = TorchTrunk(
+                self._chain,
+                taps,
+                device=self.device,
+                dtype=_DTYPES[self.precision],
+                compiled=self._compile,
+            )
+        elif self.name == "ncnn":
+            self._trunk = NcnnTrunk(self._chain, taps, bf16=self.precision == "bf16")
+        else:
+            images = (self.preprocess.normalize(pixels) for pixels in sample)
+            self._trunk = OpenVinoTrunk(self._chain, taps, precision=self.precision, sample=images, file=file)
+
+    def __call__(self, pixels: Tensor) -> Arrays:
         """From uint8 pixels `(N, 3, crop, crop)` to arrays `(N, *shape)` by output name."""
+        return self.submit(pixels)()
+
+    def submit(self, pixels: Tensor) -> Callable[[], Arrays]:
+        """Begin with a batch; the call that is returned waits for it and gives what `__call__` gives."""
+        if self._trunk is None:
+            self.prepare()
         with self._context():
-            pixels = pixels.to(self._device, memory_format=torch.channels_last)
-            images = self.preprocess.normalize(pixels).to(self._values)
-            encoded = self._encoder.encode(images, self._outputs, allow_untrained=True)
-            return {name: self._finish(value) for name, value in encoded.items()}
+            portions = [self._compute(portion) for portion in torch.split(pixels, self._portion)]
+            values = {name: torch.cat([portion[name] for portion in portions]) for name in self._outputs}
+            if self._copies is None:
+                return lambda: self._arrays(values)
+            for name, value in values.items():
+                values[name] = torch.empty(value.shape, pin_memory=True).copy_(value, non_blocking=True)
+            done = torch.cuda.current_stream(self.device).record_event()
+
+        def finish() -> Arrays:
+            done.synchronize()
+            return self._arrays(values)
+
+        return finish
+
+    def _compute(self, pixels: Tensor) -> dict[str, Tensor]:
+        assert self._trunk is not None
+        if self._copies is not None:  # the copy of this batch overlaps the computing of the last one
+            with torch.cuda.stream(self._copies):
+                pixels = pixels.to(self.device, non_blocking=True)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copies)
+            pixels.record_stream(current)
+        taps = self._trunk(self.preprocess.normalize(pixels.to(self.device)))
+        found = {name: taps[name, self._pool] for name in self._outputs if name in STAGE_NAMES}
+        if self._encoder is not None:
+            maps = [taps[name, "none"].to(self.device) for name in self._maps]
+            found.update(self._encoder._heads(maps, self._heads))
+        return found
 
     def _context(self) -> AbstractContextManager[object]:
         stack = ExitStack()
         stack.enter_context(torch.inference_mode())
-        if self.precision in _DTYPES:
-            stack.enter_context(torch.autocast(self._device.type, _DTYPES[self.precision]))
-        elif self._device.type == "cuda":  # fp32 is to mean fp32, not TF32
+        if self.device.type == "cuda":  # fp32 is to mean fp32, not TF32
             flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
             stack.enter_context(flags)
         return stack
 
-    def _finish(self, value: Tensor) -> NDArray[np.floating]:
-        value = value.float()
-        if value.ndim == 4 and self._pool == "avg":
-            value = value.mean((2, 3))
-        elif value.ndim == 4 and self._pool == "max":
-            value = value.amax((2, 3))
+    def _arrays(self, values: dict[str, Tensor]) -> Arrays:
         with np.errstate(over="ignore"):  # overflow to infinity is noticed where rows are made
-            return value.cpu().contiguous().numpy().astype(self._dtype, copy=False)
+            return {
+                name: value.cpu().numpy().astype(self.dtype, copy=False) for name, value in values.items()
+            }

@@ -1,12 +1,16 @@
 """How layers that carry no pretrained values begin."""
 
-from torch import nn
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
 
 from vggenc.errors import UsageError, one_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SCHEMES = ("normal", "xavier_normal")
+_SLICE = 1 << 22
 
 
 def weight_init(*modules: nn.Module, scheme: str = "normal", std: float = 0.01) -> None:
@@ -15,7 +19,7 @@ def weight_init(*modules: nn.Module, scheme: str = "normal", std: float = 0.01) 
     Linear layers and 1x1 convolutions draw their weights from N(0, `std`), where PyTorch's own default is
     U(-sqrt(1/in), sqrt(1/in)). Wider convolutions draw them from N(0, 2 / fan_out), as torchvision's VGG
     does (He et al. 2015). Biases become 0, batch norm becomes 1 and 0 with running statistics 0 and 1.
-    Layers of other kinds are left as they are. On a whole VGG19 this equals torchvision's initialisation.
+    Layers of other kinds are left as they are. On a whole VGG19 this is torchvision's initialisation.
 
     Works as `weight_init(net.head, net.norm)` and as `net.apply(weight_init)`; the latter visits nested
     layers once a level, so the draws differ but not their distribution.
@@ -54,6 +58,21 @@ def _init_layer(layer: nn.Module, scheme: str, std: float) -> None:
         elif scheme == "xavier_normal":
             nn.init.xavier_normal_(layer.weight)
         else:
-            nn.init.normal_(layer.weight, 0.0, std)
+            _draw(layer.weight, std)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def _draw(weight: Tensor, std: float) -> None:
+    """N(0, std), in slices with seeds of their own on all cores where there are many values."""
+    if weight.device.type != "cpu" or weight.numel() < 2 * _SLICE or not weight.is_contiguous():
+        nn.init.normal_(weight, 0.0, std)
+        return
+    slices = torch.split(weight.detach().view(-1), _SLICE)
+    seeds = torch.randint(2**62, (len(slices),)).tolist()
+
+    def draw(part: Tensor, seed: int) -> None:
+        nn.init.normal_(part, 0.0, std, generator=torch.Generator().manual_seed(seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(draw, slices, seeds))

@@ -8,7 +8,15 @@ from vggenc.stages import OUTPUTS, STAGE_NAMES
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 POOLS = ("avg", "max", "none")
-PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+# Arithmetic -> the engines that have it, the fastest on CPUs first (measured by `vggenc benchmark`).
+ENGINES = {
+    "fp32": ("ncnn", "openvino", "torch"),
+    "bf16": ("openvino", "ncnn", "torch"),
+    "fp16": ("torch",),
+    "int8": ("openvino",),
+}
+ENGINE_NAMES = ("torch", "ncnn", "openvino", "auto")
+PRECISIONS = (*ENGINES, "auto")
 DTYPES = ("float32", "float16")
 MIN_SIZE = 32
 """Pixels: below it VGG19's five poolings leave nothing."""
@@ -24,7 +32,11 @@ class Options:
         pool: how the map of a stage becomes one vector: `avg`, `max`, or `none` for whole maps.
         image_size: side in pixels of the square the encoder sees, 32 or more; None: what the weights expect
             (224). The shorter side is resized to 256/224 of it, as for the weights' own size.
-        precision: arithmetic: `fp32`, `bf16`, `fp16`, or `auto`: bf16 where the hardware has it, else fp32.
+        engine: what computes: `torch`, `ncnn`, `openvino` (the latter two are extras, for CPUs), or `auto`
+            for the fastest installed one that has the precision.
+        precision: arithmetic: `fp32`, `bf16`, `fp16` (torch), `int8` (openvino, calibrated on a sample of the
+            images first), or `auto`: bf16 where the hardware has it, else fp32.
+        compile: let `torch.compile` work on the engine torch; a minute's start for long runs.
         dtype: how values are handed out and written: `float32` or `float16`.
         batch_size: images computed at a time; it changes values by rounding only.
         part_size: rows in one part on disk; None: 256, or 32 with whole maps.
@@ -39,7 +51,9 @@ class Options:
 
     pool: str = "avg"
     image_size: int | None = None
+    engine: str = "torch"
     precision: str = "fp32"
+    compile: bool = False
     dtype: str = "float32"
     batch_size: int = 32
     part_size: int | None = None
@@ -48,9 +62,15 @@ class Options:
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("pool", POOLS), ("precision", PRECISIONS), ("dtype", DTYPES)):
+        choices = {"pool": POOLS, "engine": ENGINE_NAMES, "precision": PRECISIONS, "dtype": DTYPES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise one_of(name, getattr(self, name), allowed)
+        if "auto" not in (self.engine, self.precision) and self.engine not in ENGINES[self.precision]:
+            able = [precision for precision, engines in ENGINES.items() if self.engine in engines]
+            raise one_of(f"precision of the engine {self.engine}", self.precision, able)
+        if self.compile and self.engine != "torch":
+            raise UsageError(f"compile goes with the engine torch, not with {self.engine!r}")
         least = {"image_size": MIN_SIZE, "batch_size": 1, "part_size": 1, "num_workers": 0, "max_pixels": 1}
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -9,7 +9,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,19 +22,20 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from vggenc import __version__
 from vggenc.encoder import VGG19Encoder
-from vggenc.engines import TorchEngine
+from vggenc.engines import Arrays, Engine
+from vggenc.errors import StoreError
 from vggenc.images import ImageDataset, Row
 from vggenc.inputs import ImageList, Inputs, find_images
 from vggenc.options import Options, check_outputs
 from vggenc.stages import OUTPUTS, STAGE_NAMES
-from vggenc.store import Store, read_features
+from vggenc.store import CALIBRATED, Store, read_features
+from vggenc.trunks import CALIBRATION_IMAGES
 
-_VALUE_PACKAGES = ("torch", "torchvision", "pillow")
+_VALUE_PACKAGES = ("vggenc", "torchvision", "pillow")
 _FAILURES_SHOWN = 5
 Pixels = Tensor | NDArray[np.uint8] | None
 
@@ -59,6 +62,9 @@ class Summary:
         failures: path and reason of the first few.
         computed: rows that this run made; the others were there from earlier.
         seconds: spent on them.
+        first_part: seconds from the call until the first part was written; None where there was none.
+        engine: what computed.
+        precision: with which arithmetic.
         folder: where the features lie.
     """
 
@@ -67,6 +73,9 @@ class Summary:
     failures: tuple[tuple[str, str], ...]
     computed: int
     seconds: float
+    first_part: float | None
+    engine: str
+    precision: str
     folder: str
 
     @property
@@ -99,6 +108,7 @@ def iter_features(
     options = options or Options()
     engine = _engine(encoder, outputs, options)
     images = find_images(inputs)
+    _prepare(engine, images, options)
     return _compute(images, engine, _chunks(range(len(images.paths)), options.batch_size), options)
 
 
@@ -127,6 +137,7 @@ def extract(
         UsageError: as for `iter_features`, or a folder that holds other things or a run with other settings.
         StoreError: a folder that another process writes, or that can't be written.
     """
+    begun = time.perf_counter()
     options = options or Options()
     engine = _engine(encoder, outputs, options)
     images = find_images(inputs)
@@ -142,8 +153,22 @@ def extract(
         dtype=options.dtype,
         overwrite=overwrite,
     )
-    with store:
+    first_part = None
+
+    def write(part: int, collected: list[FeatureBatch]) -> None:
+        nonlocal first_part
+        rows = [row for batch in collected for row in batch.rows]
+        arrays = {
+            name: np.concatenate([batch.features[name] for batch in collected]) for name in engine.shapes
+        }
+        whole = {name: arrays.pop(name) for name in maps}
+        store.write(part, rows, arrays, whole)
+        first_part = first_part or time.perf_counter() - begun
+
+    with store, ThreadPoolExecutor(1) as writer:  # a part is written while the next one is computed
         missing = store.missing()
+        if missing:
+            _prepare(engine, images, options, store, resumed=len(missing) < store.parts())
         computed = sum(len(store.part_rows(part)) for part in missing)
         chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
@@ -156,6 +181,7 @@ def extract(
         ) as bar:
             failed = 0
             batches = _compute(images, engine, chunks, options)
+            written: Future[None] | None = None
             for part in missing:
                 collected: list[FeatureBatch] = []
                 while sum(len(batch.rows) for batch in collected) < len(store.part_rows(part)):
@@ -163,13 +189,13 @@ def extract(
                     failed += sum(row.status != "ok" for row in collected[-1].rows)
                     bar.set_postfix(failed=failed, refresh=False)
                     bar.update(len(collected[-1].rows))
-                rows = [row for batch in collected for row in batch.rows]
-                arrays = {
-                    name: np.concatenate([batch.features[name] for batch in collected])
-                    for name in engine.shapes
-                }
-                whole = {name: arrays.pop(name) for name in maps}
-                store.write(part, rows, arrays, whole)
+                    if written and written.done():  # a full disk shows now
+                        written.result()
+                if written:
+                    written.result()
+                written = writer.submit(write, part, collected)
+            if written:
+                written.result()
         seconds = time.perf_counter() - start
         table = read_features(output, ["path", "status", "error"])
     bad = table.filter(pc.field("status") != "ok")
@@ -179,19 +205,23 @@ def extract(
         failures=tuple((row["path"], row["error"]) for row in bad.slice(0, _FAILURES_SHOWN).to_pylist()),
         computed=computed,
         seconds=seconds,
+        first_part=first_part,
+        engine=engine.name,
+        precision=engine.precision,
         folder=os.fspath(output),
     )
 
 
-def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> TorchEngine:
+def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> Engine:
     names = check_outputs(outputs)
     if not options.allow_untrained:
         encoder.check_trained(names)
-    return TorchEngine(encoder, names, options)
+    return Engine(encoder, names, options)
 
 
-def _settings(encoder: VGG19Encoder, engine: TorchEngine, options: Options) -> dict[str, Any]:
+def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[str, Any]:
     """All that decides the values of a row."""
+    used = engine.settings()
     digest = hashlib.sha256()
     modules = {module for name in engine.shapes for module in OUTPUTS[name]}
     for key, value in encoder.state_dict().items():
@@ -207,11 +237,26 @@ def _settings(encoder: VGG19Encoder, engine: TorchEngine, options: Options) -> d
         "pool": options.pool,
         "preprocess": asdict(engine.preprocess),
         "max_pixels": options.max_pixels,
-        "precision": engine.precision,
-        "engine": engine.name,
         "dtype": options.dtype,
-        "versions": {"vggenc": __version__, **{name: version(name) for name in _VALUE_PACKAGES}},
+        **used,
+        "versions": {**{name: version(name) for name in _VALUE_PACKAGES}, **used["versions"]},
     }
+
+
+def _prepare(
+    engine: Engine, images: ImageList, options: Options, store: Store | None = None, *, resumed: bool = False
+) -> None:
+    """Let an engine calibrate itself on images spread evenly over the inputs, once for a folder."""
+    if not engine.calibrates:
+        return
+    file = store.folder / CALIBRATED if store else None
+    if file and resumed and not file.exists():
+        raise StoreError(f"{file} is gone, which the finished parts were computed with; replace the run")
+    count = len(images.paths)
+    spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).astype(int)
+    dataset = ImageDataset(images, engine.preprocess, max_pixels=options.max_pixels)
+    batches = _load(dataset, [[int(i)] for i in spread], options.num_workers)
+    engine.prepare((_pixels(batch) for _, batch in batches if batch is not None), file)
 
 
 def _fingerprint(images: ImageList) -> str:
@@ -231,35 +276,53 @@ def _chunks(rows: range, size: int) -> list[range]:
 
 
 def _compute(
-    images: ImageList, engine: TorchEngine, chunks: Sequence[range], options: Options
+    images: ImageList, engine: Engine, chunks: Sequence[range], options: Options
 ) -> Iterator[FeatureBatch]:
     dataset = ImageDataset(images, engine.preprocess, max_pixels=options.max_pixels)
-    for rows, batch in _load(dataset, chunks, options.num_workers):
-        good = np.array([row.status == "ok" for row in rows])
-        features = {
-            name: np.full((len(rows), *shape), np.nan, options.dtype) for name, shape in engine.shapes.items()
-        }
-        if batch is not None:
-            pixels = torch.as_tensor(batch).permute(0, 3, 1, 2)
-            for name, values in engine(pixels).items():
-                features[name][good] = values
-        for i in np.flatnonzero(good):
-            if bad := [name for name, values in features.items() if not np.isfinite(values[i]).all()]:
-                error = f"NaN or infinity in {', '.join(bad)} ({engine.precision}, {options.dtype})"
-                rows[i] = rows[i]._replace(status="failed", error=error)
-                for values in features.values():
-                    values[i] = np.nan
-        yield FeatureBatch(rows, features)
+    on_gpu = engine.device.type == "cuda"
+    waiting: deque[tuple[list[Row], Callable[[], Arrays]]] = deque()
+    for rows, batch in _load(dataset, chunks, options.num_workers, pinned=on_gpu):
+        waiting.append((rows, dict if batch is None else engine.submit(_pixels(batch))))
+        if len(waiting) >= engine.in_flight:
+            yield _batch(engine, *waiting.popleft())
+    while waiting:
+        yield _batch(engine, *waiting.popleft())
+
+
+def _pixels(batch: Tensor | NDArray[np.uint8]) -> Tensor:
+    return torch.as_tensor(batch).permute(0, 3, 1, 2)
+
+
+def _batch(engine: Engine, rows: list[Row], finish: Callable[[], Arrays]) -> FeatureBatch:
+    """Rows and the features of the good ones among them, put in their places."""
+    good = np.array([row.status == "ok" for row in rows])
+    found = finish()
+    features = {
+        name: np.full((len(rows), *shape), np.nan, engine.dtype) for name, shape in engine.shapes.items()
+    }
+    for name, values in found.items():
+        features[name][good] = values
+    for i in np.flatnonzero(good):
+        if bad := [name for name, values in features.items() if not np.isfinite(values[i]).all()]:
+            error = f"NaN or infinity in {', '.join(bad)} ({engine.precision}, {engine.dtype})"
+            rows[i] = rows[i]._replace(status="failed", error=error)
+            for values in features.values():
+                values[i] = np.nan
+    return FeatureBatch(rows, features)
 
 
 def _load(
-    dataset: ImageDataset, chunks: Sequence[range], num_workers: int | None
+    dataset: ImageDataset,
+    chunks: Sequence[Sequence[int]],
+    num_workers: int | None,
+    *,
+    pinned: bool = False,
 ) -> Iterator[tuple[list[Row], Pixels]]:
     """Decoded batches in order; a worker that dies costs at most the files that kill it."""
     workers = _cores() - 1 if num_workers is None else num_workers
     done = 0
     while done < len(chunks):
-        for batch in _until_a_worker_dies(dataset, chunks[done:], workers):
+        for batch in _until_a_worker_dies(dataset, chunks[done:], workers, pinned=pinned):
             yield batch
             done += 1
         if done < len(chunks):  # a file of this batch or of a later one killed its worker
@@ -275,7 +338,7 @@ def _load(
 
 
 def _until_a_worker_dies(
-    dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int
+    dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[list[Row], Pixels]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -285,6 +348,7 @@ def _until_a_worker_dies(
                 batch_sampler=batches,  # type: ignore[arg-type]  # a range serves as a list of rows
                 num_workers=min(workers, len(batches)),
                 collate_fn=_collate,
+                pin_memory=pinned,
                 worker_init_fn=partial(_init_worker, os.getpid()),
             )
         )
@@ -309,15 +373,12 @@ def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pix
     squares = [pixels.permute(1, 2, 0) for _, pixels in items if pixels is not None]
     if not squares:
         return rows, None
-    pixels = torch.stack(squares)
-    if get_worker_info() is not None:
-        # Tensors travel through shared memory. Where there is too little of it (64 MiB in a container), the
-        # queue would lose the batch and the main process wait for ever: then it travels through the pipe.
-        try:
-            pixels.share_memory_()  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            return rows, pixels.numpy()
-    return rows, pixels
+    # A worker stacks them right in shared memory. Where there is too little of it (64 MiB in a container),
+    # the queue would lose the batch and the main process wait for ever: then they travel through the pipe.
+    try:
+        return rows, default_collate(squares)
+    except RuntimeError:
+        return rows, torch.stack(squares).numpy()
 
 
 def _init_worker(main: int, _: int) -> None:

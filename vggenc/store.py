@@ -25,7 +25,9 @@ from vggenc.images import Row
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Of the folder; a reader refuses a later one."""
-_OURS = re.compile(r"part-\d{5,}\.(parquet|safetensors)|manifest\.json|\.vggenc-.*")
+CALIBRATED = "calibrated.xml"
+"""Of the engine openvino in int8: the model that the parts were computed with; its values are in a `.bin`."""
+_OURS = re.compile(r"part-\d{5,}\.(parquet|safetensors)|calibrated\.(xml|bin)|manifest\.json|\.vggenc-.*")
 _ROW_FIELDS = [
     ("path", pa.string()),
     ("status", pa.string()),
