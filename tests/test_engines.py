@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def features(encoder, **options) -> dict[str, np.ndarray]:
-    settings = Options(**{"num_workers": 0, "image_size": 128, **options})
+    settings = Options(**{"num_workers": 0, "image_size": 128, "full_decode": True, **options})
     batches = list(iter_features(PHOTOGRAPHS, encoder, STAGE_NAMES, options=settings))
     return {name: np.concatenate([batch.features[name] for batch in batches]) for name in STAGE_NAMES}
 
@@ -51,7 +51,7 @@ def test_bf16_of_ncnn_keeps_every_row(oxford, plain):
 
 def test_int8_keeps_every_row_and_its_model_is_kept_for_resuming(oxford, plain, tmp_path, monkeypatch):
     options = Options(
-        engine="openvino", precision="int8", image_size=128, num_workers=0, part_size=5, batch_size=5
+        engine="openvino", precision="int8", image_size=128, full_decode=True, num_workers=0, part_size=5
     )
 
     def run():
@@ -120,13 +120,12 @@ def test_the_engine_asked_for_is_the_one_that_computes(oxford, folder, tmp_path,
 
 
 def test_auto_takes_the_fastest_that_is_installed_and_able(monkeypatch):
-    for precision, engine in (
-        ("fp32", "ncnn"),
-        ("bf16", "openvino"),
-        ("int8", "openvino"),
-        ("fp16", "torch"),
-    ):
+    monkeypatch.setattr(engines, "has_bf16", lambda device: True)
+    fastest = {"fp32": "ncnn", "bf16": "openvino", "int8": "openvino", "fp16": "torch"}
+    for precision, engine in fastest.items():
         assert pick(Options(engine="auto", precision=precision), CPU) == (engine, precision)
+    monkeypatch.setattr(engines, "has_bf16", lambda device: False)  # which ncnn merely keeps values in
+    assert pick(Options(engine="auto", precision="bf16"), CPU) == ("ncnn", "bf16")
     cuda = torch.device("cuda")
     assert pick(Options(engine="auto"), cuda) == ("torch", "fp32")
     monkeypatch.setattr(engines, "installed", lambda name: name == "torch")

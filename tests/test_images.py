@@ -9,8 +9,8 @@ from conftest import PHOTOGRAPHS
 from PIL import Image, ImageCms
 from torchvision.models import VGG19_BN_Weights
 
-from vggenc import ImageError
-from vggenc.images import ImageDataset, decode
+from vggenc import ImageError, Options
+from vggenc.images import ImageDataset, decode, read
 from vggenc.inputs import find_images
 from vggenc.weights import REGISTRY
 
@@ -187,7 +187,7 @@ def test_extreme_shapes_give_the_square_of_their_middle(size):
 def test_dataset_gives_a_row_for_every_file_and_no_picture_for_failed_ones(tmp_path):
     Image.fromarray(NOISE).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
-    dataset = ImageDataset(find_images(tmp_path), PREPROCESS)
+    dataset = ImageDataset(find_images(tmp_path), PREPROCESS, Options())
     row, square = dataset[0]
     assert (*row,) == ("a.png", "ok", None, 20, 30)
     assert square.dtype == torch.uint8
@@ -198,7 +198,7 @@ def test_dataset_gives_a_row_for_every_file_and_no_picture_for_failed_ones(tmp_p
 def test_names_that_are_not_utf8_are_told_readably(tmp_path):
     name = os.fsdecode(b"caf\xe9 \n.png")
     Image.fromarray(NOISE).save(tmp_path / name)
-    row, _ = ImageDataset(find_images(tmp_path), PREPROCESS)[0]
+    row, _ = ImageDataset(find_images(tmp_path), PREPROCESS, Options())[0]
     assert row.path == "caf\\xe9 \n.png"
     assert row.status == "ok"
 
@@ -214,3 +214,46 @@ def test_folder_that_cannot_be_listed_stands_in_the_list(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     assert find_images(folder).paths[-1] == "deep"
     assert stat.S_ISDIR(os.stat(folder / "deep").st_mode)
+
+
+# Large JPEGs
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A photograph of 12 megapixels: a sample enlarged, with the grain that a sensor has."""
+    with Image.open(PHOTOGRAPHS / "cat.jpg") as image:
+        pixels = np.asarray(image.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC)).astype(int)
+    grain = np.random.default_rng(0).normal(0, 6, pixels.shape)
+    file = tmp_path_factory.mktemp("large") / "large.jpg"
+    Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(file, quality=90)
+    return file
+
+
+def test_large_jpegs_are_scaled_while_they_are_decoded_and_hardly_change(large):
+    scaled = read(large, enough=512)
+    assert scaled.image.size == (1000, 750)  # an eighth would be 375, less than 512
+    assert (scaled.width, scaled.height) == (4000, 3000)
+    full = PREPROCESS.square(decode(large)).float()
+    found = PREPROCESS.square(scaled.image).float()
+    assert (found - full).abs().mean() < 1  # of 255
+
+
+def test_dataset_scales_large_jpegs_unless_told_otherwise(large):
+    images = find_images(large)
+    row, scaled = ImageDataset(images, PREPROCESS, Options())[0]
+    exact_row, exact = ImageDataset(images, PREPROCESS, Options(full_decode=True))[0]
+    assert row == exact_row
+    assert (row.width, row.height) == (4000, 3000)
+    assert torch.equal(exact, PREPROCESS.square(decode(large)))
+    assert torch.equal(scaled, PREPROCESS.square(read(large, enough=512).image))
+    assert not torch.equal(scaled, exact)
+
+
+def test_size_of_a_scaled_and_turned_jpeg_is_that_of_the_upright_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (1201, 601)).save(tmp_path / "a.jpg", exif=exif)
+    found = read(tmp_path / "a.jpg", enough=100)
+    assert (found.width, found.height) == (601, 1201)
+    assert found.image.size == (151, 301)

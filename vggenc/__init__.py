@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vggenc.encoder import EncoderOutput as EncoderOutput
     from vggenc.encoder import VGG19Encoder as VGG19Encoder
+    from vggenc.errors import ExportError as ExportError
     from vggenc.errors import ImageError as ImageError
     from vggenc.errors import StoreError as StoreError
     from vggenc.errors import UsageError as UsageError
     from vggenc.errors import VggencError as VggencError
     from vggenc.errors import WeightsError as WeightsError
+    from vggenc.export import export_network as export_network
     from vggenc.init import weight_init as weight_init
     from vggenc.options import Options as Options
     from vggenc.pipeline import FeatureBatch as FeatureBatch
@@ -24,7 +26,8 @@ __version__ = "0.1.0"
 # Public names by module, imported on first use, so that `vggenc --help` doesn't wait for torch.
 _PUBLIC = {
     "encoder": ["EncoderOutput", "VGG19Encoder"],
-    "errors": ["ImageError", "StoreError", "UsageError", "VggencError", "WeightsError"],
+    "errors": ["ExportError", "ImageError", "StoreError", "UsageError", "VggencError", "WeightsError"],
+    "export": ["export_network"],
     "init": ["weight_init"],
     "options": ["Options"],
     "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],

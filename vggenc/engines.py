@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vggenc.encoder import VGG19Encoder
 from vggenc.errors import UsageError
@@ -69,6 +69,8 @@ def pick(options: Options, device: torch.device) -> tuple[str, str]:
         able = [name for name in ENGINES[precision] if installed(name)]
         if device.type != "cpu":
             able = [name for name in able if name == "torch"]
+        elif precision == "bf16" and not has_bf16(device):
+            able.sort(key=lambda name: name != "ncnn")  # which keeps values in bf16, but computes with fp32
         engine = able[0] if able else ENGINES[precision][0]
     if not installed(engine):
         raise UsageError(f"{precision} with {engine} needs its extra: pip install 'vggenc[{engine}]'")
@@ -123,12 +125,15 @@ class Engine:
         last = max(STAGE_NAMES.index(name) for name in (*outputs, *seen) if name in STAGE_NAMES)
         self._chain = fold({name: getattr(encoder, name) for name in STAGE_NAMES[: last + 1]})
         self.flops = flops(self._chain, side, side)
-        self._encoder: VGG19Encoder | None = None
-        if self._heads:  # a copy that shares the values, unless they are of another type
+        self.encoder: VGG19Encoder | None = None
+        if self._heads:  # a copy without the stages that shares the values, unless they are of another type
             tensors = [*encoder.parameters(), *encoder.buffers()]
             shared = {id(tensor): tensor for tensor in tensors if tensor.dtype == torch.float32}
-            self._encoder = copy.deepcopy(encoder, shared).eval().float()
-        self._trunk: Trunk | None = None
+            self.encoder = copy.deepcopy(encoder, shared)
+            for name in STAGE_NAMES:
+                self.encoder.add_module(name, nn.Identity())
+            self.encoder.float().eval()
+        self.trunk: Trunk | None = None
         self.in_flight = 2 if self.device.type == "cuda" else 1
         # Smaller portions stay in the CPU's cache; with more threads, more images are needed to feed them.
         self._portion = max(1, torch.get_num_threads() // 4) if self.device.type == "cpu" else 1 << 30
@@ -160,7 +165,7 @@ class Engine:
             if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16(self.device):
                 text = "this CPU doesn't compute with bf16: PyTorch's stand-in for it is far slower than fp32"
                 warnings.warn(text, stacklevel=2)
-            self._trunk = TorchTrunk(
+            self.trunk = TorchTrunk(
                 self._chain,
                 taps,
                 device=self.device,
@@ -168,10 +173,10 @@ class Engine:
                 compiled=self._compile,
             )
         elif self.name == "ncnn":
-            self._trunk = NcnnTrunk(self._chain, taps, bf16=self.precision == "bf16")
+            self.trunk = NcnnTrunk(self._chain, taps, bf16=self.precision == "bf16")
         else:
             images = (self.preprocess.normalize(pixels) for pixels in sample)
-            self._trunk = OpenVinoTrunk(self._chain, taps, precision=self.precision, sample=images, file=file)
+            self.trunk = OpenVinoTrunk(self._chain, taps, precision=self.precision, sample=images, file=file)
 
     def __call__(self, pixels: Tensor) -> Arrays:
         """From uint8 pixels `(N, 3, crop, crop)` to arrays `(N, *shape)` by output name."""
@@ -179,10 +184,10 @@ class Engine:
 
     def submit(self, pixels: Tensor) -> Callable[[], Arrays]:
         """Begin with a batch; the call that is returned waits for it and gives what `__call__` gives."""
-        if self._trunk is None:
+        if self.trunk is None:
             self.prepare()
         with self._context():
-            portions = [self._compute(portion) for portion in torch.split(pixels, self._portion)]
+            portions = [self._pixels(portion) for portion in torch.split(pixels, self._portion)]
             values = {name: torch.cat([portion[name] for portion in portions]) for name in self._outputs}
             if self._copies is None:
                 return lambda: self._arrays(values)
@@ -196,20 +201,24 @@ class Engine:
 
         return finish
 
-    def _compute(self, pixels: Tensor) -> dict[str, Tensor]:
-        assert self._trunk is not None
+    def _pixels(self, pixels: Tensor) -> dict[str, Tensor]:
         if self._copies is not None:  # the copy of this batch overlaps the computing of the last one
             with torch.cuda.stream(self._copies):
                 pixels = pixels.to(self.device, non_blocking=True)
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copies)
             pixels.record_stream(current)
-        taps = self._trunk(self.preprocess.normalize(pixels.to(self.device)))
+        return self.compute(self.preprocess.normalize(pixels.to(self.device)))
+
+    def compute(self, images: Tensor) -> dict[str, Tensor]:
+        """From normalised images `(N, 3, H, W)` on the engine's device to float32 tensors by output name."""
+        assert self.trunk is not None
+        taps = self.trunk(images)
         found = {name: taps[name, self._pool] for name in self._outputs if name in STAGE_NAMES}
-        if self._encoder is not None:
+        if self.encoder is not None:
             maps = [taps[name, "none"].to(self.device) for name in self._maps]
-            found.update(self._encoder._heads(maps, self._heads))
-        return found
+            found.update(self.encoder.heads(maps, self._heads))
+        return {name: found[name] for name in self._outputs}
 
     def _context(self) -> AbstractContextManager[object]:
         stack = ExitStack()

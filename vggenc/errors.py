@@ -23,6 +23,10 @@ class StoreError(VggencError):
     """A features folder that is in use, incomplete or can't be written."""
 
 
+class ExportError(VggencError):
+    """A network file that can't be written, or whose values aren't the encoder's."""
+
+
 def one_of(what: str, given: object, allowed: Iterable[str]) -> UsageError:
     """The error for a name that isn't in a list: it names both."""
     names = ", ".join(allowed)

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as F
 
 from vggenc.errors import ImageError
 from vggenc.inputs import FORMATS, ImageList
-from vggenc.options import MAX_PIXELS
+from vggenc.options import MAX_PIXELS, Options
 
 Image.init()  # so that Image.OPEN holds every format that this Pillow reads
 
@@ -207,18 +207,19 @@ class ImageDataset(Dataset[tuple[Row, Tensor | None]]):
     A file that can't be read never raises and never becomes another picture.
     """
 
-    def __init__(self, images: ImageList, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, images: ImageList, preprocess: Preprocess, options: Options) -> None:
         self.images = images
         self.preprocess = preprocess
-        self.max_pixels = max_pixels
+        self.max_pixels = options.max_pixels
+        self.enough = None if options.full_decode else _ENOUGH * preprocess.resize
 
     def __len__(self) -> int:
         return len(self.images.paths)
 
     def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
         try:
-            enough = _ENOUGH * self.preprocess.resize
-            image, *size = read(self.images.file(index), max_pixels=self.max_pixels, enough=enough)
+            file = self.images.file(index)
+            image, *size = read(file, max_pixels=self.max_pixels, enough=self.enough)
         except ImageError as error:
             return self.failed(index, str(error)), None
         return Row(self._path(index), "ok", None, *size), self.preprocess.square(image)

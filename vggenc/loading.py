@@ -1,0 +1,111 @@
+"""Decoded batches in order, from processes of their own that may die."""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from vggenc.images import ImageDataset, Row
+
+Pixels = Tensor | NDArray[np.uint8] | None
+"""`(n, H, W, 3)`, uint8; None for no image."""
+
+
+def load_batches(
+    dataset: ImageDataset,
+    chunks: Sequence[Sequence[int]],
+    num_workers: int | None,
+    *,
+    pinned: bool = False,
+) -> Iterator[tuple[list[Row], Pixels]]:
+    """Decoded batches in order; a worker that dies costs at most the files that kill it."""
+    workers = _cores() - 1 if num_workers is None else num_workers
+    done = 0
+    while done < len(chunks):
+        for batch in _until_a_worker_dies(dataset, chunks[done:], workers, pinned=pinned):
+            yield batch
+            done += 1
+        if done < len(chunks):  # a file of this batch or of a later one killed its worker
+            rows: list[Row] = []
+            squares: list[Tensor] = []
+            for index in chunks[done]:
+                died = dataset.failed(index, "the process that decoded it died")
+                row, square = next(_until_a_worker_dies(dataset, [[index]], 1), ([died], None))
+                rows += row
+                squares += [] if square is None else [torch.as_tensor(square)]
+            yield rows, torch.cat(squares) if squares else None
+            done += 1
+
+
+def _until_a_worker_dies(
+    dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, *, pinned: bool = False
+) -> Iterator[tuple[list[Row], Pixels]]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        iterator = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=batches,  # type: ignore[arg-type]  # a range serves as a list of rows
+                num_workers=min(workers, len(batches)),
+                collate_fn=_collate,
+                pin_memory=pinned,
+                worker_init_fn=partial(_init_worker, os.getpid()),
+            )
+        )
+    # Starting workers installs a handler for SIGCHLD that raises when one dies, in the middle of whatever
+    # runs just then, such as writing a part. Without it the death shows where the next batch is awaited.
+    quiet = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+    finally:
+        del iterator  # ends the other workers
+        if quiet:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pixels]:
+    """Rows, and the pixels of the good ones as one array `(n, H, W, 3)`."""
+    rows = [row for row, _ in items]
+    squares = [pixels.permute(1, 2, 0) for _, pixels in items if pixels is not None]
+    if not squares:
+        return rows, None
+    # A worker stacks them right in shared memory. Where there is too little of it (64 MiB in a container),
+    # the queue would lose the batch and the main process wait for ever: then they travel through the pipe.
+    try:
+        return rows, default_collate(squares)
+    except RuntimeError:
+        return rows, torch.stack(squares).numpy()
+
+
+def _init_worker(main: int, _: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    if hasattr(os, "pidfd_open"):
+        threading.Thread(target=_die_with, args=(main,), daemon=True).start()
+
+
+def _die_with(main: int) -> None:
+    """End this worker once the main process is dead.
+
+    PyTorch's own watch looks at the parent, which is a fork server where that is how processes start.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(main)], [], [])
+    os._exit(1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
