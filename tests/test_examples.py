@@ -56,3 +56,13 @@ def test_photographs_are_about_a_dozen_small_and_documented():
             orientations.add(image.getexif().get(0x0112))
     assert {"RGB", "L", "RGBA"} <= modes
     assert 6 in orientations
+
+
+@pytest.mark.slow
+def test_peers_are_measured_on_the_same_values(monkeypatch, capsys):
+    script = str(ROOT / "benchmarks" / "peers.py")
+    monkeypatch.setattr(sys, "argv", [script, str(PHOTOGRAPHS), "--rounds", "1", "--images", "2"])
+    runpy.run_path(script, run_name="__main__")  # which ends where values differ
+    shown = capsys.readouterr().out
+    for name in ("torchvision create_feature_extractor", "timm forward_intermediates", "vggenc torch fp32"):
+        assert re.search(rf"^{name} +\d", shown, re.MULTILINE)

@@ -46,7 +46,7 @@ def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypa
     run(setup.splitlines()[0].split(" && ")[1], monkeypatch)
     for block in shell:
         for line in block.splitlines():
-            if "tiny-imagenet" not in line:  # those lines are run by test_examples
+            if not re.search("tiny-imagenet|benchmark", line):  # which test_examples and test_benchmark run
                 run(line, monkeypatch)
     names: dict[str, object] = {}
     python = blocks("python")

@@ -2,9 +2,9 @@
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,13 @@ from vggenc.errors import ImageError, UsageError
 from vggenc.images import decode
 from vggenc.inputs import ImageList
 from vggenc.options import Options
-from vggenc.pipeline import extract
+from vggenc.pipeline import Summary, extract
 from vggenc.stages import STAGE_NAMES
 
 MOST_PICTURES = 24
 SMALL, LARGE = (500, 375), (4000, 3000)
 """Pixels of the JPEG files that whole runs are measured from."""
-_WARM, _SECONDS, _FILES = 2, 8.0, 12
+_WARM, _SECONDS, _FILES = 2, 7.0, 12
 """Unmeasured rounds, about how long one whole run takes, and from how many different files."""
 Report = dict[str, Any]
 
@@ -57,7 +57,8 @@ def measure(
         `machine` (facts and measured peaks, in GFLOP/s), and rows as dictionaries: `engines` (images/s, ratio
         to the plain loop, GFLOP/s as direct convolutions, their share of the peak, the worst cosine of a row
         and stage against the plain loop, peak memory of the process in MB), `depth` (the engine torch with
-        fewer stages), `files` (whole runs from JPEG files).
+        fewer stages), `files` (whole runs from JPEG files,
+        in turns with what they are compared to).
 
     Raises:
         UsageError: no readable picture, a device that isn't there.
@@ -87,6 +88,7 @@ def measure(
             values = {each.name: ask(each.name, "values") for each in many}
             memory = {each.name: ask(each.name, "memory") for each in many}
             work = ask("torch fp32", "flops")
+            runs = _whole_runs(pictures, many, speed, job, rounds, ask) if end_to_end else []
         peaks = peak(where, [each.precision for each in many])
         engines = []
         for each in many:
@@ -102,7 +104,6 @@ def measure(
                     "peak MB": memory[each.name],
                 }
             )
-        runs = _whole_runs(pictures, many, speed, job) if end_to_end else []
     facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     card = torch.cuda.get_device_name(where) if where.type == "cuda" else facts.get("cpu_name", "CPU")
     return {
@@ -167,44 +168,76 @@ def _worst_cosine(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[An
 
 
 def _whole_runs(
-    pictures: Sequence[Image.Image], many: Sequence[Contender], speed: dict[str, float], job: Job
+    pictures: Sequence[Image.Image],
+    many: Sequence[Contender],
+    speed: dict[str, float],
+    job: Job,
+    rounds: int,
+    ask: Callable[[str, str], Any],
 ) -> list[dict[str, Any]]:
-    """Runs of `extract` from JPEG files: images/s, and their ratio to the engine alone."""
+    """Runs of `extract` from JPEG files, in turns with what they are compared to: images/s, and the ratio."""
     encoder = VGG19Encoder(1, backbone=job.backbone, weights=job.weights).to(job.device)
-    rows = []
 
-    def whole_run(each: Contender, size: tuple[int, int], to: str, against: float, *, full: bool) -> float:
+    def prepare(each: Contender, size: tuple[int, int], *, full: bool = False) -> _WholeRun:
         count = max(8, min(20_000, round(speed[each.name] * _SECONDS)))
         names = [f"{i:06}.jpg" for i in range(count)]
         folder = _jpegs(pictures, size, Path(job.scratch) / f"{size[0]}", names)
+        target = Path(job.scratch) / f"{each.name} {size[0]} {full}"
         options = Options(
             engine=each.engine, precision=each.precision, image_size=job.image_size, full_decode=full
         )
-        runs = []
-        for i in range(3):
-            target = f"{job.scratch}/{each.name}-{size[0]}-{full}-{i}"
-            runs.append(extract(ImageList(str(folder), names), encoder, output=target, options=options))
-        median = sorted(runs, key=lambda run: run.seconds)[1]
-        reached = count / median.seconds
-        rows.append(
-            {
-                "from": f"{size[0]}x{size[1]} JPEG" + (", decoded in full" if full else ""),
-                "engine": each.name,
-                "images": count,
-                "images/s": round(reached, 2),
-                "ratio": round(reached / (against or reached), 2),
-                "to": to,
-                "first part s": round(median.first_part or 0, 2),
-            }
-        )
-        return reached
+        return _WholeRun(encoder, ImageList(str(folder), names), target, options)
 
+    def compare(each: Contender, run: _WholeRun, other: Callable[[], float]) -> tuple[float, float, float]:
+        """The first part's seconds, and medians of images/s of a run and of the other."""
+        first = run().first_part or 0
+        pairs = [(run().images_per_second or 0, other()) for _ in range(rounds)]
+        mine, others = (statistics.median(values) for values in zip(*pairs, strict=True))
+        return first, mine, others
+
+    def row(
+        size: tuple[int, int], each: Contender, run: _WholeRun, found: Sequence[float], to: str
+    ) -> dict[str, Any]:
+        first, mine, others = found
+        return {
+            "from": "{}x{} JPEG".format(*size),
+            "engine": each.name,
+            "images": len(run.images.paths),
+            "images/s": round(mine, 2),
+            "ratio": round(mine / others, 2),
+            "to": to,
+            "first part s": round(first, 2),
+        }
+
+    rows = []
     for each in many[1:]:
-        whole_run(each, SMALL, "the engine alone", speed[each.name], full=False)
+        run = prepare(each, SMALL)
+
+        def alone(name: str = each.name) -> float:
+            seconds: list[float] = [ask(name, "run") for _ in range(3)]
+            return job.images / statistics.median(seconds)
+
+        rows.append(row(SMALL, each, run, compare(each, run, alone), "the engine alone"))
     fastest = max(many[1:], key=lambda each: (each.precision == "bf16", speed[each.name]))
-    slow = whole_run(fastest, LARGE, "itself", 0, full=True)
-    whole_run(fastest, LARGE, "decoded in full", slow, full=False)
+    run, full = prepare(fastest, LARGE), prepare(fastest, LARGE, full=True)
+    full()
+    found = compare(fastest, run, lambda: full().images_per_second or 0)
+    rows.append(row(LARGE, fastest, run, found, "decoded in full"))
     return rows
+
+
+class _WholeRun(NamedTuple):
+    """A run of `extract` that can be repeated; an engine that calibrates itself does it in the first."""
+
+    encoder: VGG19Encoder
+    images: ImageList
+    folder: Path
+    options: Options
+
+    def __call__(self) -> Summary:
+        for part in self.folder.glob("part-*"):
+            part.unlink()
+        return extract(self.images, self.encoder, output=self.folder, options=self.options)
 
 
 def _jpegs(pictures: Sequence[Image.Image], size: tuple[int, int], folder: Path, names: list[str]) -> Path:

@@ -91,6 +91,7 @@ def _contend(pipe: Connection, each: Contender, job: Job) -> None:
         engine = Engine(encoder, each.outputs, options)
         engine.prepare(list(pixels.split(1)))
         run, work = engine, engine.flops
+        del encoder  # of which the engine has taken what it needs
     batch = torch.stack(list(itertools.islice(itertools.cycle(pixels), images)))
     pipe.send(None)
     while True:

@@ -114,7 +114,17 @@ def export_network(
     return difference
 
 
+def _adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, None]:
+    """What ONNX has no operator for: the largest value of each bin, by rows and then by columns."""
+    for dim, bins in zip((-2, -1), output_size, strict=True):
+        size = x.shape[dim]
+        edges = [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+        x = torch.stack([x.narrow(dim, start, end - start).amax(dim) for start, end in edges], dim)
+    return x, None  # nobody asks for the indices
+
+
 def _write_onnx(program: Any, names: tuple[str, ...], about: str, file: Path) -> None:
+    program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks on its own insides
         onnx = torch.onnx.export(

@@ -240,8 +240,9 @@ def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[s
 def _prepare(
     engine: Engine, images: ImageList, options: Options, store: Store | None = None, *, resumed: bool = False
 ) -> None:
-    """Let an engine calibrate itself on images spread evenly over the inputs, once for a folder."""
+    """Build what computes; it may calibrate itself on images spread evenly over the inputs, once a folder."""
     if not engine.calibrates:
+        engine.prepare()
         return
     file = store.folder / CALIBRATED if store else None
     if file and resumed and not file.exists():
