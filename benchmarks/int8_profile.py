@@ -20,8 +20,8 @@ ROUNDS = 5
 compile_model = openvino.Core.compile_model
 
 
-def profiled(self, model, device, config):
-    return compile_model(self, model, device, {**config, "PERF_COUNT": "YES"})
+def profiled(self, model, device_name="CPU", config=None):
+    return compile_model(self, model, device_name, {**(config or {}), "PERF_COUNT": "YES"})
 
 
 openvino.Core.compile_model = profiled

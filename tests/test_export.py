@@ -48,6 +48,7 @@ def test_maps_of_any_batch_and_size_equal_torchvisions(torchvisions, tmp_path, f
     assert [each.name for each in tmp_path.iterdir()] == ["network.bin"]
 
 
+@pytest.mark.slow
 def test_heads_and_pooled_stages_are_exported_by_name(make_encoder, tmp_path):
     encoder = make_encoder(k=4).train()
     file = tmp_path / "heads.onnx"

@@ -327,6 +327,7 @@ def run_small_parts(pictures, target) -> None:
     extract(pictures, VGG19Encoder(1, weights="OXFORD_V1"), ["conv2_2"], target, options=options)
 
 
+@pytest.mark.slow
 def test_killed_runs_leave_what_an_undisturbed_run_writes(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
