@@ -212,6 +212,7 @@ def test_folder_without_heads_asks_for_k(stage_file):
 
 def test_what_is_no_folder_and_no_repository_is_told_without_a_download(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="no such folder: nofolder"):
         VGG19Encoder.from_pretrained("nofolder")
     with pytest.raises(WeightsError, match="owner/name is no folder here and can't be had from the Hub"):
