@@ -1,8 +1,10 @@
 """What the tests share: no network, small encoders that cost little, and picture files."""
 
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from vggenc import VGG19Encoder
 from vggenc.checkpoint import Checkpoint
+from vggenc.cli import main
 from vggenc.weights import REGISTRY
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +97,35 @@ def _randomise_norms(state: dict[str, torch.Tensor]) -> None:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+class Result(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def vggenc(monkeypatch, capfd) -> Callable[..., Result]:
+    """Runs the command in this process, which has torch loaded already."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["vggenc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Result(caught.value.code or 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def watchful_loader(monkeypatch) -> None:
+    """PyTorch looks after its workers every half second, not every five, so that dead ones show soon."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    waits = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waits, "__defaults__", (0.5,))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torchvision.models import get_model_builder
 from vggenc import UsageError, VGG19Encoder, WeightsError
 from vggenc.checkpoint import load
 from vggenc.stages import STAGE_NAMES
+from vggenc.weights import find_entry, locate
 
 
 def same_values(encoder: VGG19Encoder, other: VGG19Encoder) -> bool:
@@ -150,6 +151,35 @@ def test_damaged_and_hostile_files_are_weights_errors_and_run_nothing(tmp_path, 
         with pytest.raises(WeightsError, match=name):
             load(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["saved", "torch.save"])
+def test_one_flipped_byte_and_a_missing_end_are_weights_errors(saved, make_encoder, tmp_path, kind):
+    if kind == "saved":
+        content = bytearray((saved / "model.safetensors").read_bytes())
+        file = tmp_path / "model.safetensors"
+    else:
+        file = tmp_path / "stages.pth"
+        torch.save(stages_of(make_encoder()), file)
+        content = bytearray(file.read_bytes())
+    for at in (len(content) // 3, len(content) // 2):
+        content[at] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(WeightsError, match=f"{file.name} can't be read as a checkpoint"):
+            load(file)
+        content[at] ^= 1
+    file.write_bytes(content[: len(content) - 5000])
+    with pytest.raises(WeightsError, match=f"{file.name} can't be read as a checkpoint"):
+        load(file)
+
+
+def test_files_whose_names_are_swapped_are_told(tmp_path):
+    oxford = locate(find_entry("OXFORD_V1"))
+    shutil.copy(oxford, tmp_path / "vgg19-dcbb9e9d.pth")
+    torch.save({"features.0.weight": torch.ones(64, 3, 3, 3)}, tmp_path / oxford.name)
+    for name in ("vgg19-dcbb9e9d.pth", oxford.name):
+        with pytest.raises(WeightsError, match=f"{name} is not .*: its sha256"):
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize(

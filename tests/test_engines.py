@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -160,3 +161,29 @@ def test_compiled_engine_is_exact(oxford, plain):
     found = features(oxford, compile=True)
     for name, expected in plain.items():
         assert abs(found[name] - expected).max() <= 1e-4 * abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "loudness"),
+    [
+        ("torch", "fp32", 1e36),
+        ("torch", "bf16", 1e36),
+        ("torch", "fp16", 1e3),
+        ("ncnn", "fp32", 1e36),
+        ("ncnn", "bf16", 1e36),
+        ("openvino", "fp32", 1e36),
+    ],
+)
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.filterwarnings("ignore:this CPU doesn't compute with bf16")
+def test_overflow_is_a_failure_at_its_depth_and_at_every_later_one(
+    oxford, folder, engine, precision, loudness, pool
+):
+    loud = copy.deepcopy(oxford)
+    with torch.no_grad():
+        loud.conv2_2[5].weight.mul_(loudness)
+    options = Options(engine=engine, precision=precision, pool=pool, image_size=32, num_workers=0)
+    for output in ("conv2_2", "conv4_4", "conv5_4"):
+        [batch] = iter_features(folder, loud, [output], options=options)
+        assert {row.status for row in batch.rows} == {"failed"}
+        assert f"NaN or infinity in {output} ({precision}" in batch.rows[0].error

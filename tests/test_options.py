@@ -16,6 +16,10 @@ from vggenc import Options, UsageError
         ("part_size", 0),
         ("num_workers", -1),
         ("num_workers", True),
+        ("num_workers", 1025),
+        ("batch_size", 10**6),
+        ("part_size", 10**9),
+        ("image_size", 10**5),
         ("max_pixels", 0),
     ],
 )

@@ -1,11 +1,7 @@
 import json
-import multiprocessing
 import os
-import random
 import resource
-import select
 import signal
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +13,6 @@ from safetensors.numpy import load_file
 
 from vggenc import Options, UsageError, VGG19Encoder, engines, extract, iter_features, pipeline, read_features
 from vggenc.images import decode
-from vggenc.inputs import find_images
-from vggenc.loading import load_batches
-from vggenc.weights import REGISTRY
 
 SMALL = Options(image_size=32, part_size=4, batch_size=3, num_workers=0)
 
@@ -287,7 +280,9 @@ class Killer(pipeline.ImageDataset):
         return super().__getitem__(index)
 
 
-def test_worker_that_dies_costs_at_most_the_file_that_kills_it(oxford, folder, tmp_path, monkeypatch):
+def test_worker_that_dies_costs_at_most_the_file_that_kills_it(
+    oxford, folder, tmp_path, monkeypatch, watchful_loader
+):
     options = Options(image_size=32, batch_size=2, num_workers=2)
     [*expected] = iter_features(folder, oxford, ["conv2_2"], options=options)
     monkeypatch.setattr(pipeline, "ImageDataset", Killer)
@@ -320,69 +315,6 @@ def test_batches_arrive_where_shared_memory_is_too_small(oxford, folder):
     assert [batch.rows for batch in batches] == [batch.rows for batch in expected]
     for batch, other in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch.features["conv2_2"], other.features["conv2_2"])
-
-
-def run_small_parts(pictures, target) -> None:
-    options = Options(image_size=32, part_size=2, batch_size=2, num_workers=1)
-    extract(pictures, VGG19Encoder(1, weights="OXFORD_V1"), ["conv2_2"], target, options=options)
-
-
-@pytest.mark.slow
-def test_killed_runs_leave_what_an_undisturbed_run_writes(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(1)
-    for i in range(160):
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(pictures / f"{i:03}.png")
-    processes = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
-    processes.set_forkserver_preload(["vggenc.pipeline"])
-
-    def run(target, seconds) -> bool:
-        """Whether the run had to be killed, some time after it began to write."""
-        process = processes.Process(target=run_small_parts, args=(pictures, target))
-        process.start()
-        while process.is_alive() and not (target / ".vggenc-lock").exists():
-            time.sleep(0.01)
-        process.join(seconds)
-        process.kill()
-        process.join()
-        return process.exitcode != 0
-
-    delays = random.Random(0)
-    killed = [run(tmp_path / "killed", delays.uniform(0, 0.4)) for _ in range(4)]
-    assert sum(killed) >= 2
-    assert not run(tmp_path / "killed", None)
-    assert not run(tmp_path / "calm", None)
-    assert len(bytes_of(tmp_path / "calm")) == 80
-    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "calm")
-    assert {file.name for file in (tmp_path / "killed").iterdir()} == {
-        "manifest.json",
-        *bytes_of(tmp_path / "calm"),
-    }
-
-
-def keep_a_worker(folder, told) -> None:
-    dataset = pipeline.ImageDataset(find_images(folder), REGISTRY[0].preprocess, Options())
-    batches = load_batches(dataset, [range(1), range(1, 2), range(2, 10)], 1)
-    next(batches)
-    [worker] = multiprocessing.active_children()
-    told.put(worker.pid)
-    time.sleep(60)
-
-
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
-def test_workers_die_with_a_killed_main_process(folder):
-    processes = multiprocessing.get_context(
-        "forkserver"
-    )  # where the worker isn't a child of the main process
-    told = processes.Queue()
-    main = processes.Process(target=keep_a_worker, args=(folder, told))
-    main.start()
-    worker = os.pidfd_open(told.get())
-    main.kill()
-    main.join()
-    assert select.select([worker], [], [], 10)[0]
-    os.close(worker)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(oxford, folder):

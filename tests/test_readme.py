@@ -46,7 +46,7 @@ def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypa
     run(setup.splitlines()[0].split(" && ")[1], monkeypatch)
     for block in shell:
         for line in block.splitlines():
-            if not re.search("tiny-imagenet|benchmark", line):  # which test_examples and test_benchmark run
+            if not re.search("tiny-imagenet|benchmark|int8", line):  # of test_examples, test_benchmark, below
                 run(line, monkeypatch)
     names: dict[str, object] = {}
     python = blocks("python")
@@ -57,6 +57,13 @@ def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypa
             exec(block, names)
         said = re.findall(r"^print\(.*\)  # (.*)$|^# (\d.*)$", block, re.MULTILINE)
         assert shown.getvalue().splitlines() == [beside or below for beside, below in said]
+
+
+@pytest.mark.slow
+def test_int8_line_runs(elsewhere, monkeypatch):
+    [line] = [line for block in blocks("bash") for line in block.splitlines() if "int8" in line]
+    run(line, monkeypatch)
+    assert (elsewhere / "small" / "calibrated.xml").exists()
 
 
 def test_setup_lines_are_those_that_ci_runs():

@@ -1,6 +1,9 @@
+import contextlib
 import hashlib
 import importlib.metadata
+import multiprocessing
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -124,54 +127,129 @@ def test_missing_package_is_an_error_that_names_the_extra(monkeypatch):
         VGG19Encoder(3, weights="OXFORD_V1")
 
 
+BODY = b"weights" * 100_000
+
+
 class Server:
-    """Serves one body at every path on loopback."""
+    """Serves a body on loopback, well or with a fault.
 
-    def __init__(self, body: bytes) -> None:
+    Args:
+        body: the whole of it.
+        sent: how many bytes of it are sent; the length stated is that of the whole.
+        status: the HTTP status.
+        pause: seconds of silence ahead of the second half.
+    """
+
+    def __init__(
+        self, body: bytes = BODY, *, sent: int | None = None, status: int = 200, pause: float = 0
+    ) -> None:
+        self.requests = 0
+        half = len(body) // 2
+
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+            def do_GET(handler) -> None:
+                self.requests += 1
+                handler.send_response(status)
+                handler.send_header("Content-Length", str(len(body)))
+                handler.end_headers()
+                with contextlib.suppress(OSError):  # the other side has given up
+                    handler.wfile.write(body[:sent][:half])
+                    time.sleep(pause)
+                    handler.wfile.write(body[:sent][half:])
 
-            def log_message(self, *args: object) -> None:
+            def log_message(handler, *args: object) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.entry = replace(
+            REGISTRY[0],
+            file="x-1.pth",
+            url=f"http://127.0.0.1:{self.server.server_port}/x-1.pth",
+            sha256=hashlib.sha256(BODY).hexdigest()[:8],
+        )
 
-    def __enter__(self) -> str:
+    def __enter__(self) -> "Server":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
 
 
-def test_download_goes_to_the_hubs_cache_once_and_is_verified_each_time(capfd):
-    body = b"weights" * 1000
-    with Server(body) as address:
-        entry = replace(
-            REGISTRY[0], file="x-1.pth", url=f"{address}/x-1.pth", sha256=hashlib.sha256(body).hexdigest()[:8]
-        )
-        file = fetch(entry)
-        assert file == search_folders()[-1] / "x-1.pth"
-        assert file.read_bytes() == body
-        assert "100%" in capfd.readouterr().err
-    assert fetch(entry) == file  # the server is gone
-    file.write_bytes(body[:-1])
-    with pytest.raises(WeightsError, match=r"sha256.*delete it"):
-        fetch(entry)
-    file.unlink()
+def test_download_goes_to_the_hubs_cache_once_and_is_verified_each_time(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with Server() as server:
+        file = fetch(server.entry)
+        assert file == tmp_path / "hub" / "checkpoints" / "x-1.pth"
+        assert file.read_bytes() == BODY
+        assert list(file.parent.iterdir()) == [file]
+    assert capfd.readouterr().err == ""  # a bar is for terminals
+    assert fetch(server.entry) == file  # the server is gone
+    file.write_bytes(BODY[:-1])
+    with pytest.raises(WeightsError, match=f"{file} is not IMAGENET1K_V1: its sha256 .* delete it"):
+        fetch(server.entry)
+    assert file.exists()
 
 
-def test_download_of_wrong_bytes_leaves_nothing(tmp_path):
-    with Server(b"<html>not found</html>") as address:
-        entry = replace(REGISTRY[0], file="y-1.pth", url=f"{address}/y-1.pth", sha256="0" * 8)
-        with pytest.raises(WeightsError, match="hash"):
-            fetch(entry, tmp_path / "there")
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"sent": 400_000}, "ended after 400000 of 700000 bytes"),
+        ({"sent": 0}, "ended after 0 of 700000 bytes"),
+        ({"pause": 2}, "timed out"),
+        ({"status": 500}, "HTTP Error 500"),
+        ({"status": 404}, "HTTP Error 404"),
+        ({"body": b"<html>not found</html>"}, "wrong bytes: their sha256 is"),
+        ({"body": BODY[:-1] + b"?"}, "wrong bytes: their sha256 is"),
+    ],
+)
+def test_downloads_from_a_faulty_server_leave_nothing_and_say_what_happened(
+    tmp_path, monkeypatch, faults, told
+):
+    monkeypatch.setattr(weights, "STALLED", 0.5)
+    with Server(**faults) as server, pytest.raises(WeightsError) as caught:
+        fetch(server.entry, tmp_path / "there")
+    assert told in str(caught.value)
+    assert server.entry.url in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def fetch_and_tell(entry, folder, told) -> None:
+    told.put(str(fetch(entry, folder)))
+
+
+def test_two_processes_that_fetch_at_once_end_with_one_good_file(tmp_path):
+    processes = multiprocessing.get_context("forkserver")
+    told = processes.Queue()
+    with Server(pause=0.5) as server:
+        both = [
+            processes.Process(target=fetch_and_tell, args=(server.entry, tmp_path, told)) for _ in range(2)
+        ]
+        for process in both:
+            process.start()
+        assert {told.get(timeout=60) for _ in both} == {str(tmp_path / "x-1.pth")}
+        for process in both:
+            process.join()
+        assert server.requests == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["x-1.pth"]
+    assert (tmp_path / "x-1.pth").read_bytes() == BODY
+
+
+def test_a_killed_download_is_never_taken_for_whole(tmp_path):
+    processes = multiprocessing.get_context("forkserver")
+    with Server(pause=60) as server:
+        process = processes.Process(target=fetch, args=(server.entry, tmp_path))
+        process.start()
+        partial = tmp_path / ".x-1.pth.partial"
+        while not (partial.exists() and partial.stat().st_size):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    assert not (tmp_path / "x-1.pth").exists()
+    with Server() as server:
+        assert fetch(server.entry, tmp_path).read_bytes() == BODY
+    assert [file.name for file in tmp_path.iterdir()] == ["x-1.pth"]
 
 
 def test_verify_names_the_file_and_both_hashes(tmp_path):

@@ -1,11 +1,13 @@
 """How a file of weights becomes a verified state dict in the encoder's names, and back."""
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from typing_extensions import Self
 from vggenc.errors import UsageError, WeightsError, one_of
 from vggenc.images import Preprocess
 from vggenc.stages import BACKBONES, MODULES, STAGES
-from vggenc.weights import REGISTRY, fetch, file_sha256, find_entry, verify
+from vggenc.weights import REGISTRY, fetch, file_sha256, find_entry, locate, verify
 
 METADATA_KEY = "vggenc"
 """Where a safetensors file of this package says what it is."""
@@ -66,7 +68,8 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
     named = isinstance(weights, WeightsEnum) or str(weights) in {entry.name for entry in REGISTRY}
     path = Path("" if named else weights)
     if named or not (isinstance(weights, os.PathLike) or path.exists() or path.suffix or len(path.parts) > 1):
-        file = fetch(find_entry(weights, backbone))
+        wanted = find_entry(weights, backbone)
+        file = locate(wanted) or fetch(wanted)
     else:
         file = path / SAFETENSORS_SINGLE_FILE if path.is_dir() else path
         if not file.is_file():
@@ -77,7 +80,7 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
     for other in REGISTRY:
         if file.name == other.file and entry is not other:
             verify(file, other)  # raises
-    state, about = _read(file)
+    state, about = _read(file, known=entry is not None)
     if entry is not None and entry.package:
         state = _from_palette(state)
     found = entry.backbone if entry else about.get("backbone") or _guess_backbone(state)
@@ -100,8 +103,11 @@ def load(weights: str | os.PathLike[str] | WeightsEnum, backbone: str | None = N
     )
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, without wrappers and prefixes, and what a file of this package says of itself."""
+def _read(file: Path, *, known: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, without wrappers and prefixes, and what a file of this package says of itself.
+
+    The checksums inside a file are compared unless its sha256 is known.
+    """
     about = {}
     try:
         if file.suffix == ".safetensors":
@@ -110,11 +116,17 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 content: Any = {key: tensors.get_tensor(key).clone() for key in tensors.keys()}  # noqa: SIM118
                 about = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
                 if about:
+                    if state_sha256(content) != about["state_sha256"]:
+                        raise ValueError("its values are not those that were saved")
                     about["backbone"] = BACKBONES[BACKBONES.index(about["backbone"])]
                     about["weights"] = "saved from " + about["weights"].removeprefix("saved from ")
                     about["trained"] = frozenset(about["trained"])
                     about["preprocess"] = Preprocess.from_json(about["preprocess"])
         else:
+            if not known and zipfile.is_zipfile(file):  # torch.load doesn't compare the checksums
+                with zipfile.ZipFile(file) as archive:
+                    if damaged := archive.testzip():
+                        raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
@@ -131,6 +143,15 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise WeightsError(f"{file} holds no state dict: {key!r} is a {type(value).__name__}")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
     return {key: v.float() if v.is_floating_point() else v for key, v in state.items()}, about
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """A hash of names and values, whatever order and device they are in."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(f"{key}\0".encode())
+        digest.update(state[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _from_palette(packed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -236,6 +257,7 @@ class Saved(
             "weights": self.weights_name,
             "trained": [name for name in MODULES if name in self.trained],
             "preprocess": asdict(self.preprocess),
+            "state_sha256": state_sha256(self.state_dict()),
         }
         config = {"k": self.k, "backbone": self.backbone}
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")

@@ -41,6 +41,12 @@ def main() -> None:
     except VggencError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(USAGE if isinstance(error, UsageError) else UNFINISHED)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # PyTorch's own kind
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        typer.echo(f"error: {reason}; a smaller --batch-size or --image-size needs less", err=True)
+        sys.exit(UNFINISHED)
     except OSError as error:  # such as a full disk behind standard output
         typer.echo(f"error: {error}", err=True)
         sys.exit(UNFINISHED)

@@ -14,7 +14,7 @@ from vggenc.checkpoint import Checkpoint, Saved, check_keys, load
 from vggenc.errors import UsageError, WeightsError, one_of
 from vggenc.finetune import FineTuning
 from vggenc.init import weight_init
-from vggenc.options import DEFAULT_WEIGHTS, MIN_SIZE, check_outputs
+from vggenc.options import DEFAULT_WEIGHTS, MAX_K, MIN_SIZE, check_outputs
 from vggenc.stages import (
     BACKBONES,
     DEFAULT_BACKBONE,
@@ -50,7 +50,7 @@ class VGG19Encoder(FineTuning, Saved):
     new encoder is in training mode, as torchvision's models are; call `.eval()` before you predict with it.
 
     Args:
-        k: number of attributes, 1 or more.
+        k: number of attributes, from 1 to 100,000.
         backbone: `"vgg19_bn"` or `"vgg19"`; None: the one that the weights belong to, else `"vgg19_bn"`.
         weights: a registry name (`"IMAGENET1K_V1"`, downloaded once; `"OXFORD_V1"`, from the extra `oxford`),
             a member of torchvision's `VGG19_BN_Weights` or `VGG19_Weights`, a path, what
@@ -86,8 +86,10 @@ class VGG19Encoder(FineTuning, Saved):
         weights: str | os.PathLike[str] | WeightsEnum | Checkpoint | None = DEFAULT_WEIGHTS,
     ) -> None:
         super().__init__()
-        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
-            raise UsageError(f"k, the number of attributes, must be a whole number of 1 or more; got {k!r}")
+        if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= MAX_K:
+            raise UsageError(
+                f"k, the number of attributes, must be a whole number from 1 to {MAX_K}; got {k!r}"
+            )
         if backbone not in (None, *BACKBONES):
             raise one_of("backbone", backbone, BACKBONES)
         given = weights if isinstance(weights, Checkpoint | None) else load(weights, backbone)

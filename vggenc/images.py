@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,9 +80,13 @@ def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: 
             with open(file, "rb") as stream, _pixel_limit(max_pixels):
                 if not stream.peek(1):
                     raise ImageError("empty file")
-                readable = [name for name in FORMATS if name in Image.OPEN]
-                with Image.open(stream, formats=readable) as image:
+                with _open(stream) as image:
                     size = image.size
+                    # A Huffman code takes a bit at least for each block of 8x8 pixels; a decoder that runs
+                    # out of them goes on in grey, and doesn't say so.
+                    least = size[0] * size[1] // 64 // 8
+                    if image.format in ("JPEG", "MPO") and os.fstat(stream.fileno()).st_size < least:
+                        raise ImageError(f"too few bytes for {size[0]}x{size[1]} pixels")
                     if enough is not None:
                         image.draft(None, (enough, enough))
                     image.load()
@@ -102,6 +106,15 @@ def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: 
     except Exception as error:  # damaged files make Pillow raise nearly anything
         text = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ImageError(f"{type(error).__name__}: {text}"[:200]) from error
+
+
+def _open(stream: IO[bytes]) -> Image.Image:
+    image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.format != "PNG":
+        return image
+    image.verify()  # the checksums, which Pillow only compares when it is asked, and then can't go on
+    stream.seek(0)
+    return Image.open(stream, formats=["PNG"])
 
 
 @contextmanager

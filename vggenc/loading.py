@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vggenc.images import ImageDataset, Row
 
 Pixels = Tensor | NDArray[np.uint8] | None
 """`(n, H, W, 3)`, uint8; None for no image."""
+PATIENCE = 120
+"""Seconds that a worker is given for one file."""
 
 
 def load_batches(
@@ -28,7 +31,7 @@ def load_batches(
     *,
     pinned: bool = False,
 ) -> Iterator[tuple[list[Row], Pixels]]:
-    """Decoded batches in order; a worker that dies costs at most the files that kill it."""
+    """Decoded batches in order; a worker that dies or hangs costs at most the files that are to blame."""
     workers = _cores() - 1 if num_workers is None else num_workers
     done = 0
     while done < len(chunks):
@@ -39,10 +42,15 @@ def load_batches(
             rows: list[Row] = []
             squares: list[Tensor] = []
             for index in chunks[done]:
-                died = dataset.failed(index, "the process that decoded it died")
-                row, square = next(_until_a_worker_dies(dataset, [[index]], 1), ([died], None))
-                rows += row
-                squares += [] if square is None else [torch.as_tensor(square)]
+                begun = time.monotonic()
+                for row, square in _until_a_worker_dies(dataset, [[index]], 1):
+                    rows += row
+                    squares += [] if square is None else [torch.as_tensor(square)]
+                    break
+                else:
+                    slow = time.monotonic() - begun >= PATIENCE
+                    why = f"took more than {PATIENCE} s" if slow else "the process that decoded it died"
+                    rows.append(dataset.failed(index, why))
             yield rows, torch.cat(squares) if squares else None
             done += 1
 
@@ -50,11 +58,12 @@ def load_batches(
 def _until_a_worker_dies(
     dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[list[Row], Pixels]]:
+    files = _Limited(dataset) if workers and hasattr(signal, "alarm") else dataset
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         iterator = iter(
             DataLoader(
-                dataset,
+                files,
                 batch_sampler=batches,  # type: ignore[arg-type]  # a range serves as a list of rows
                 num_workers=min(workers, len(batches)),
                 collate_fn=_collate,
@@ -77,6 +86,19 @@ def _until_a_worker_dies(
             signal.signal(signal.SIGCHLD, before)
 
 
+class _Limited(Dataset[tuple[Row, Tensor | None]]):
+    """A dataset for workers, where a file that takes too long ends the process."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
+        signal.alarm(PATIENCE)
+        item = self.dataset[index]
+        signal.alarm(0)
+        return item
+
+
 def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pixels]:
     """Rows, and the pixels of the good ones as one array `(n, H, W, 3)`."""
     rows = [row for row, _ in items]
@@ -93,6 +115,8 @@ def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pix
 
 def _init_worker(main: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if hasattr(os, "pidfd_open"):
         threading.Thread(target=_die_with, args=(main,), daemon=True).start()
 

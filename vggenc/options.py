@@ -18,10 +18,20 @@ ENGINES = {
 ENGINE_NAMES = ("torch", "ncnn", "openvino", "auto")
 PRECISIONS = (*ENGINES, "auto")
 DTYPES = ("float32", "float16")
+MAX_K = 100_000
+"""Attributes: more would take gigabytes for one layer."""
 MIN_SIZE = 32
 """Pixels: below it VGG19's five poolings leave nothing."""
 MAX_PIXELS = 1024**3 // 4 // 3
 """Pillow's own limit for an image that may be a decompression bomb."""
+RANGES = {
+    "image_size": (MIN_SIZE, 8192),
+    "batch_size": (1, 65_536),
+    "part_size": (1, 1_000_000),
+    "num_workers": (0, 1024),
+    "max_pixels": (1, 2**31),
+}
+"""The numbers that options can have, both ends included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +85,13 @@ class Options:
             raise one_of(f"precision of the engine {self.engine}", self.precision, able)
         if self.compile and self.engine != "torch":
             raise UsageError(f"compile goes with the engine torch, not with {self.engine!r}")
-        least = {"image_size": MIN_SIZE, "batch_size": 1, "part_size": 1, "num_workers": 0, "max_pixels": 1}
-        for name, minimum in least.items():
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
             if value is None and optional:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise UsageError(f"{name} must be a whole number of {minimum} or more; got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise UsageError(f"{name} must be a whole number from {least} to {most}; got {value!r}")
 
     @property
     def rows_per_part(self) -> int:

