@@ -7,7 +7,7 @@ from torchvision.models import VGG19_Weights
 
 from vggenc import UsageError
 from vggenc.stages import STAGE_NAMES
-from vggenc.trunks import NcnnTrunk, OpenVinoTrunk, TorchTrunk, flops, fold, pooled
+from vggenc.trunks import Conv, NcnnTrunk, OpenVinoTrunk, TorchTrunk, bound, flops, fold, pooled
 
 CPU = torch.device("cpu")
 TRUNKS = {
@@ -67,3 +67,19 @@ def test_operations_are_those_that_torchvision_states(make_encoder):
     classifier = 25088 * 4096 + 4096 * 4096 + 4096 * 1000
     stated = 2 * (VGG19_Weights.IMAGENET1K_V1.meta["_ops"] * 1e9 - classifier)
     assert flops(chain_of(make_encoder(backbone="vgg19")), 224, 224) == pytest.approx(stated, rel=2e-3)
+
+
+def test_bound_is_what_an_input_of_extremes_reaches():
+    first = torch.zeros(1, 3, 3, 3)
+    first[0, :, 1, 1] = torch.tensor([2.0, -1.0, 0.5])
+    second = torch.stack([-torch.ones(1, 3, 3), torch.ones(1, 3, 3)])
+    layers = [Conv(first, torch.tensor([1.0])), None, Conv(second, torch.tensor([5.0, -3.0]))]
+    images = torch.tensor([4.0, -3.0, 2.0]).reshape(1, 3, 1, 1).expand(1, 3, 6, 6)
+    found = TRUNKS["torch"]({"conv2_2": layers}, [("conv2_2", "max")])(images)
+    assert found["conv2_2", "max"].max() == bound({"conv2_2": layers}, [4, 3, 2]) == 9 * (8 + 3 + 1 + 1) - 3
+
+
+def test_grid_is_what_the_heads_see_of_larger_maps_and_leaves_smaller_ones():
+    maps = torch.randn(1, 2, 28, 28)
+    assert torch.equal(pooled(maps, "grid"), F.max_pool2d(maps, 2))
+    assert pooled(maps[..., :8, :8], "grid").shape == (1, 2, 8, 8)

@@ -1,11 +1,13 @@
 """VGG19 multi-level features for PyTorch."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vggenc.lazy import names_on_demand
 
 if TYPE_CHECKING:
     from vggenc.encoder import EncoderOutput as EncoderOutput
     from vggenc.encoder import VGG19Encoder as VGG19Encoder
+    from vggenc.errors import DataError as DataError
     from vggenc.errors import ExportError as ExportError
     from vggenc.errors import ImageError as ImageError
     from vggenc.errors import StoreError as StoreError
@@ -23,26 +25,27 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public names by module, imported on first use, so that `vggenc --help` doesn't wait for torch.
-_PUBLIC = {
-    "encoder": ["EncoderOutput", "VGG19Encoder"],
-    "errors": ["ExportError", "ImageError", "StoreError", "UsageError", "VggencError", "WeightsError"],
-    "export": ["export_network"],
-    "init": ["weight_init"],
-    "options": ["Options"],
-    "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],
-    "store": ["read_features"],
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = sorted([*_HOME, "__version__"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vggenc' has no attribute {name!r}")
-    value = getattr(import_module(f"vggenc.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+_names, __getattr__ = names_on_demand(
+    __name__,
+    {
+        "encoder": ["EncoderOutput", "VGG19Encoder"],
+        "errors": [
+            "DataError",
+            "ExportError",
+            "ImageError",
+            "StoreError",
+            "UsageError",
+            "VggencError",
+            "WeightsError",
+        ],
+        "export": ["export_network"],
+        "init": ["weight_init"],
+        "options": ["Options"],
+        "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],
+        "store": ["read_features"],
+    },
+)
+__all__ = [*_names, "__version__"]
 
 
 def __dir__() -> list[str]:

@@ -21,6 +21,7 @@ from vggenc.options import (
     PRECISIONS,
     Options,
 )
+from vggenc.zsl.cli import app as zsl_app
 
 # torch is imported inside the commands, so that help comes at once.
 
@@ -32,6 +33,7 @@ weights_app = typer.Typer(
     no_args_is_help=True, help="Pretrained weights: what there is, fetching, verifying."
 )
 app.add_typer(weights_app, name="weights")
+app.add_typer(zsl_app, name="zsl")
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def extract_command(
     ),
     outputs: Outputs = None,
     pool: Annotated[
-        str, typer.Option(help=f"How a stage's map becomes a vector: {', '.join(POOLS)} (none: whole maps).")
+        str, typer.Option(help=f"How a stage's map is handed out: {', '.join(POOLS)} (the whole map).")
     ] = Options.pool,
     weights: Weights = DEFAULT_WEIGHTS,
     backbone: Backbone = None,

@@ -19,6 +19,7 @@ from vggenc.stages import (
     BACKBONES,
     DEFAULT_BACKBONE,
     FC_WIDTH,
+    GRID,
     MODULES,
     OUTPUTS,
     STAGE_NAMES,
@@ -28,10 +29,8 @@ from vggenc.stages import (
 )
 from vggenc.weights import REGISTRY
 
-GRID = 14
-"""Cells along each side of the map that a head sees: conv5_4's own at 224 pixels."""
 TAIL_GRID = 7
-"""Likewise of the map that the fully connected layers see."""
+"""Cells along each side of the map that the fully connected layers see."""
 
 
 class EncoderOutput(NamedTuple):

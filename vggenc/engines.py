@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from vggenc.encoder import VGG19Encoder
 from vggenc.errors import UsageError
 from vggenc.options import ENGINES, Options
-from vggenc.stages import FC_WIDTH, OUTPUTS, STAGE_NAMES, STAGES
-from vggenc.trunks import NcnnTrunk, OpenVinoTrunk, Tap, TorchTrunk, flops, fold
+from vggenc.stages import FC_WIDTH, GRID, OUTPUTS, STAGE_NAMES, STAGES
+from vggenc.trunks import NcnnTrunk, OpenVinoTrunk, Tap, TorchTrunk, bound, flops, fold, pooled
 
 Arrays = dict[str, NDArray[np.floating]]
 Trunk = TorchTrunk | NcnnTrunk | OpenVinoTrunk
 _TRUNKS: dict[str, type[Trunk]] = {"torch": TorchTrunk, "ncnn": NcnnTrunk, "openvino": OpenVinoTrunk}
+_SAFE = 1e36
+"""Magnitude below which nothing overflows in fp32 or bf16, a Winograd convolution's sums included."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,13 +110,17 @@ class Engine:
         self._compile = options.compile
         self._outputs = outputs
         self._pool = options.pool
+        self._tap = "none" if options.pool == "grid" else options.pool
         self.dtype = np.dtype(options.dtype)
         self.preprocess = encoder.preprocess.at(options.image_size)
         side = self.preprocess.crop
         shapes: dict[str, tuple[int, ...]] = {"fc7": (FC_WIDTH,), "attention": (len(STAGES), encoder.k)}
         for stage in STAGES:
-            cells = () if self._pool != "none" else (side // stage.reduction,) * 2
-            shapes[stage.name] = (stage.channels, *cells)
+            cells = side // stage.reduction
+            map_side = {"none": cells, "grid": min(cells, GRID)}.get(self._pool)
+            shapes[stage.name] = (
+                (stage.channels,) if map_side is None else (stage.channels, map_side, map_side)
+            )
         self.shapes = {name: shapes.get(name, (encoder.k,)) for name in outputs}
 
         self._heads = {name for name in outputs if name not in STAGE_NAMES}
@@ -125,6 +131,10 @@ class Engine:
         last = max(STAGE_NAMES.index(name) for name in (*outputs, *seen) if name in STAGE_NAMES)
         self._chain = fold({name: getattr(encoder, name) for name in STAGE_NAMES[: last + 1]})
         self.flops = flops(self._chain, side, side)
+        if self.name != "torch" and not bound(self._chain, self.preprocess.largest) < _SAFE:
+            raise UsageError(
+                f"values of these weights may overflow, which the engine {self.name} doesn't show; use torch"
+            )
         self.encoder: VGG19Encoder | None = None
         if self._heads:  # a copy without the stages that shares the values, unless they are of another type
             tensors = [*encoder.parameters(), *encoder.buffers()]
@@ -159,7 +169,7 @@ class Engine:
             sample: for int8: pixels `(1, 3, crop, crop)` (uint8) of images like those to come.
             file: for int8: keeps the calibrated model; it is read where it exists.
         """
-        taps: set[Tap] = {(name, self._pool) for name in self._outputs if name in STAGE_NAMES}
+        taps: set[Tap] = {(name, self._tap) for name in self._outputs if name in STAGE_NAMES}
         taps |= {(name, "none") for name in self._maps}
         if self.name == "torch":
             if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16(self.device):
@@ -214,7 +224,9 @@ class Engine:
         """From normalised images `(N, 3, H, W)` on the engine's device to float32 tensors by output name."""
         assert self.trunk is not None
         taps = self.trunk(images)
-        found = {name: taps[name, self._pool] for name in self._outputs if name in STAGE_NAMES}
+        found = {
+            name: pooled(taps[name, self._tap], self._pool) for name in self._outputs if name in STAGE_NAMES
+        }
         if self.encoder is not None:
             maps = [taps[name, "none"].to(self.device) for name in self._maps]
             found.update(self.encoder.heads(maps, self._heads))

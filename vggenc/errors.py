@@ -23,6 +23,10 @@ class StoreError(VggencError):
     """A features folder that is in use, incomplete or can't be written."""
 
 
+class DataError(VggencError):
+    """A data set whose files are damaged or contradict each other."""
+
+
 class ExportError(VggencError):
     """A network file that can't be written, or whose values aren't the encoder's."""
 

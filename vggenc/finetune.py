@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from vggenc.errors import one_of
+from vggenc.errors import UsageError, one_of
 from vggenc.stages import MODULES, OUTPUTS, STAGE_NAMES
 
 
@@ -52,21 +52,39 @@ class FineTuning(nn.Module):
             getattr(self, name).eval()
         return self
 
-    def param_groups(self, *, backbone_lr: float, head_lr: float) -> list[dict[str, Any]]:
+    def param_groups(
+        self,
+        *,
+        backbone_lr: float,
+        head_lr: float,
+        fc_lr: float | None = None,
+        layer_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
         """Groups of the trainable parameters for an optimizer, batch norm and biases without weight decay.
 
         Args:
-            backbone_lr: learning rate of the stages and `fc_layers`.
+            backbone_lr: learning rate of the stages.
             head_lr: learning rate of the heads, which begin untrained.
+            fc_lr: learning rate of `fc_layers`; None: that of the stages.
+            layer_decay: factor from each stage to the one before it; conv5_4 has `backbone_lr`. None: 1.
+
+        Raises:
+            UsageError: a `layer_decay` that isn't above 0 and up to 1.
         """
+        decay = 1.0 if layer_decay is None else layer_decay
+        if not 0 < decay <= 1:
+            raise UsageError(f"layer_decay must be above 0, up to 1; got {layer_decay!r}")
+        rates = {name: backbone_lr * decay**i for i, name in enumerate(reversed(STAGE_NAMES))}
+        rates["fc_layers"] = backbone_lr if fc_lr is None else fc_lr
+        parts: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for name in MODULES:
+            part = "backbone" if name in rates else "head"
+            own = parts.setdefault((part, rates.get(name, head_lr)), [])
+            own += [p for p in getattr(self, name).parameters() if p.requires_grad]
         groups = []
-        for part, lr in (("backbone", backbone_lr), ("head", head_lr)):
-            named = [
-                (name in OUTPUTS["fc7"], p) for name in MODULES for p in getattr(self, name).parameters()
-            ]
-            own = [p for in_backbone, p in named if in_backbone == (part == "backbone") and p.requires_grad]
-            groups.append({"name": part, "params": [p for p in own if p.ndim > 1], "lr": lr})
+        for (part, lr), own in parts.items():
             flat = [p for p in own if p.ndim <= 1]
+            groups.append({"name": part, "params": [p for p in own if p.ndim > 1], "lr": lr})
             groups.append({"name": f"{part}, no decay", "params": flat, "lr": lr, "weight_decay": 0.0})
         return [group for group in groups if group["params"]]
 

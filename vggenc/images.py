@@ -173,6 +173,11 @@ class Preprocess:
         mean, std = (float(r), float(g), float(b)), (float(rs), float(gs), float(bs))
         return cls(mean, std, int(fields["resize"]), int(fields["crop"]))
 
+    @property
+    def largest(self) -> tuple[float, ...]:
+        """The largest magnitude that each channel can have."""
+        return tuple(max(mean, 1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+
     def at(self, image_size: int | None) -> "Preprocess":
         """The same transform for another crop, `resize` in proportion; None: this one."""
         if image_size is None:

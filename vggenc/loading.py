@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -68,7 +68,7 @@ def _until_a_worker_dies(
                 num_workers=min(workers, len(batches)),
                 collate_fn=_collate,
                 pin_memory=pinned,
-                worker_init_fn=partial(_init_worker, os.getpid()),
+                worker_init_fn=init_worker(),
             )
         )
     # Starting workers installs a handler for SIGCHLD that raises when one dies, in the middle of whatever
@@ -111,6 +111,11 @@ def _collate(items: Sequence[tuple[Row, Tensor | None]]) -> tuple[list[Row], Pix
         return rows, default_collate(squares)
     except RuntimeError:
         return rows, torch.stack(squares).numpy()
+
+
+def init_worker() -> Callable[[int], None]:
+    """What a worker of this process does first."""
+    return partial(_init_worker, os.getpid())
 
 
 def _init_worker(main: int, _: int) -> None:

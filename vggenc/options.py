@@ -7,7 +7,7 @@ from vggenc.errors import UsageError, one_of
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 
 DEFAULT_WEIGHTS = "IMAGENET1K_V1"
-POOLS = ("avg", "max", "none")
+POOLS = ("avg", "max", "grid", "none")
 # Arithmetic -> the engines that have it, the fastest on CPUs first (measured by `vggenc benchmark`).
 ENGINES = {
     "fp32": ("ncnn", "openvino", "torch"),
@@ -39,7 +39,8 @@ class Options:
     """How features are computed and written; the command line has an option for each field.
 
     Attributes:
-        pool: how the map of a stage becomes one vector: `avg`, `max`, or `none` for whole maps.
+        pool: how the map of a stage is handed out: `avg` or `max` for one vector, `grid` for what the heads
+            see of it (larger maps are max-pooled to 14x14 cells), `none` for the whole map.
         image_size: side in pixels of the square the encoder sees, 32 or more; None: what the weights expect
             (224). The shorter side is resized to 256/224 of it, as for the weights' own size.
         engine: what computes: `torch`, `ncnn`, `openvino` (the latter two are extras, for CPUs), or `auto`
@@ -49,7 +50,7 @@ class Options:
         compile: let `torch.compile` work on the engine torch; a minute's start for long runs.
         dtype: how values are handed out and written: `float32` or `float16`.
         batch_size: images computed at a time; it changes values by rounding only.
-        part_size: rows in one part on disk; None: 256, or 32 with whole maps.
+        part_size: rows in one part on disk; None: 256, or 32 with maps.
         num_workers: processes that decode images; None: one less than there are cores, 0: decode in this
             process.
         full_decode: decode JPEGs at their full size, as torchvision's pipeline does. Otherwise those whose
@@ -96,7 +97,7 @@ class Options:
     @property
     def rows_per_part(self) -> int:
         """Rows in one part on disk, with the default resolved."""
-        return self.part_size or (32 if self.pool == "none" else 256)
+        return self.part_size or (256 if self.pool in ("avg", "max") else 32)
 
 
 def check_outputs(outputs: Iterable[str] = STAGE_NAMES) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ STAGES = (
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 FC_WIDTH = 4096
+GRID = 14
+"""Cells along each side of the map that a head sees: conv5_4's own at 224 pixels."""
 
 # Output name -> the modules that it passes through: it is trained where all of them are.
 _FC7 = (*STAGE_NAMES, "fc_layers")

@@ -142,9 +142,9 @@ class Store:
         if found is None:
             text = json.dumps(self._manifest, indent=2) + "\n"
             self._write(MANIFEST, lambda file: file.write_text(text))
-        elif differences := _differences({**found, "root": self._manifest["root"]}, self._manifest):
+        elif changed := differences({**found, "root": self._manifest["root"]}, self._manifest):
             raise UsageError(
-                f"{self.folder} holds a run with other settings: {'; '.join(differences)}. "
+                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
                 "Name another folder, or replace that run with --overwrite (overwrite=True)."
             )
 
@@ -272,12 +272,12 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         raise StoreError(f"{folder / MANIFEST} can't be read as a manifest: {error}") from error
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
     """Where two manifests differ, each as `name: there, now here`."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = [*here, *(key for key in there if key not in here)]
         pairs = [(there.get(key), here.get(key), f"{name}.{key}".lstrip(".")) for key in keys]
-        return [text for pair in pairs for text in _differences(*pair)]
+        return [text for pair in pairs for text in differences(*pair)]
     if there == here:
         return []
     return ["the input files differ" if name == "inputs_sha256" else f"{name} was {there!r}, now {here!r}"]

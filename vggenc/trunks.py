@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vggenc.errors import StoreError, UsageError
-from vggenc.stages import STAGE_NAMES
+from vggenc.stages import GRID, STAGE_NAMES
 
 Tap = tuple[str, str]
 """A stage's name, and `avg`, `max` or `none` for its whole map."""
@@ -67,6 +68,24 @@ def fold(stages: Mapping[str, nn.Module]) -> Chain:
     return chain
 
 
+def bound(chain: Chain, largest: Sequence[float]) -> float:
+    """What no value of a chain can exceed.
+
+    Args:
+        chain: its layers.
+        largest: magnitude of the three input channels at most.
+    """
+    values = torch.tensor(largest, dtype=torch.float64)
+    most = 0.0
+    for conv in (layer for layers in chain.values() for layer in layers if layer):
+        weight = conv.weight.double()
+        # Behind a ReLU nothing is negative, so that only positive weights add to the largest sum.
+        weight = weight.clamp(min=0) if most else weight.abs()
+        values = (weight.sum((2, 3)) @ values + conv.bias.double()).clamp(min=0)
+        most = max(most, float(values.max()))
+    return most
+
+
 class TorchTrunk(nn.Module):
     """PyTorch, in `channels_last` and in the precision's own number format."""
 
@@ -107,8 +126,10 @@ class TorchTrunk(nn.Module):
 
 
 def pooled(maps: Tensor, pool: str) -> Tensor:
-    """Whole maps `(N, C, H, W)` as they are, or pooled to `(N, C)`."""
-    if pool == "none":
+    """Maps `(N, C, H, W)` handed out in one of the ways of `Options.pool`; vectors are pooled already."""
+    if pool == "grid":
+        return F.adaptive_max_pool2d(maps, GRID) if max(maps.shape[2:]) > GRID else maps
+    if pool == "none" or maps.ndim == 2:
         return maps
     return maps.mean((2, 3)) if pool == "avg" else maps.amax((2, 3))
 

@@ -160,17 +160,17 @@ def fetch(entry: Weights, to: str | os.PathLike[str] | None = None) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock:  # a second process waits, and finds the file
-            if target.is_file():
-                verify(target, entry)
-                return target
             # A killed process leaves this file at most, and the next one writes over it.
             partial = target.with_name(f".{target.name}.partial")
             try:
-                if found is not None:
+                if target.is_file():
+                    verify(target, entry)
+                elif found is not None:
                     shutil.copyfile(found, partial)
+                    partial.replace(target)
                 else:
                     _download(entry, partial)
-                partial.replace(target)
+                    partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
                 Path(lock.lock_file).unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def _download(entry: Weights, file: Path) -> None:
     with urlopen(request, timeout=STALLED) as response, file.open("wb") as stream:
         size = int(response.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file, disable=None) as bar:
-            while block := response.read(1 << 20):
+            while block := response.read1(1 << 20):
                 stream.write(block)
                 digest.update(block)
                 bar.update(len(block))

@@ -1,0 +1,174 @@
+"""The zero-shot protocol: predictions of an encoder, each way of inference, and what it comes to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vggenc.encoder import VGG19Encoder
+from vggenc.errors import DataError
+from vggenc.options import Options
+from vggenc.pipeline import iter_features
+from vggenc.zsl.batches import Grids
+from vggenc.zsl.data import Indices, ZSLData
+from vggenc.zsl.inference import STEPS, combined, cosine, latent_prototypes, self_adaptation
+from vggenc.zsl.metrics import class_accuracies, harmonic_mean
+
+METHODS: dict[str, dict[str, Any]] = {
+    "attributes": {"transductive": False},
+    "hybrid": {"transductive": False},
+    "self-adaptation": {"transductive": True, "metric": "cosine"},
+    "self-adaptation, Euclidean": {"transductive": True, "metric": "euclidean"},
+}
+"""Ways of inference; a transductive one learns from the unlabelled test images."""
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What an encoder says of the images of a data set.
+
+    Attributes:
+        attributes: `(images, k)`, NaN where the image wasn't asked.
+        latent: `(images, k)`, likewise.
+    """
+
+    attributes: NDArray[np.float32]
+    latent: NDArray[np.float32]
+
+
+def predict(
+    encoder: VGG19Encoder,
+    data: ZSLData,
+    which: Indices,
+    *,
+    grids: Grids | None = None,
+    options: Options | None = None,
+) -> Predictions:
+    """Predict attributes and latent vectors, in evaluation mode; the encoder's own mode stays as it is.
+
+    Args:
+        encoder: runs where it lies.
+        data: whose images.
+        which: images, as rows of `data.paths`.
+        grids: cached maps of all images of `data`, in order; None: the images are read.
+        options: how images are read and computed.
+
+    Raises:
+        DataError: images that can't be read; the message names the first.
+    """
+    found = [np.full((len(data.paths), encoder.k), np.nan, np.float32) for _ in range(2)]
+    chunks = _from_grids(encoder, which, grids) if grids else _from_files(encoder, data, which, options)
+    done = 0
+    for values in chunks:
+        rows = which[done : done + len(values[0])]
+        for all_values, part in zip(found, values, strict=True):
+            all_values[rows] = part
+        done += len(rows)
+    return Predictions(*found)
+
+
+def _from_files(
+    encoder: VGG19Encoder, data: ZSLData, which: Indices, options: Options | None
+) -> Iterator[list[NDArray[np.floating]]]:
+    for batch in iter_features(data.images(which), encoder, ["attributes", "latent"], options=options):
+        if bad := [row for row in batch.rows if row.status != "ok"]:
+            raise DataError(f"{data.root / bad[0].path} can't be used: {bad[0].error}")
+        yield list(batch.features.values())
+
+
+def _from_grids(encoder: VGG19Encoder, which: Indices, grids: Grids) -> Iterator[list[NDArray[np.floating]]]:
+    training = encoder.training
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    try:
+        for start in range(0, len(which), 64):
+            maps = [maps.to(device) for maps in grids[which[start : start + 64].tolist()]]
+            with torch.inference_mode():
+                values = encoder.heads(maps, {"attributes", "latent"})
+            yield [values[name].cpu().numpy() for name in ("attributes", "latent")]
+    finally:
+        encoder.train(training)
+
+
+def evaluate(
+    data: ZSLData,
+    predictions: Predictions,
+    *,
+    steps: dict[str, dict[str, int]] | None = None,
+    calibration: float = 0.0,
+) -> dict[str, Result]:
+    """Every way of inference, conventional and, where there are seen test images, generalised.
+
+    Args:
+        data: a split.
+        predictions: of all its images.
+        steps: of self-adaptation, by method and setting, chosen beforehand; None: the last one.
+        calibration: subtracted from each cosine with a seen class in the generalised setting (calibrated
+            stacking, Chao et al., ECCV 2016).
+
+    Returns:
+        By method: `transductive`, `czsl` with `mca` (top-1 on images of unseen classes, among these, averaged
+        over classes), and `gzsl` with `unseen`, `seen` (among all classes) and their harmonic mean `h`; all from 0
+        to 1. Each also has `by_step` for self-adaptation and `by_class`, where a class without test images is
+        absent.
+    """
+    prototypes = latent_prototypes(
+        predictions.latent[data.trainval], data.labels[data.trainval], data.attributes, data.seen
+    )
+    settings = {"czsl": (data.test_unseen, data.unseen)}
+    if len(data.test_seen):
+        settings["gzsl"] = (
+            np.concatenate([data.test_seen, data.test_unseen]),
+            np.sort(np.concatenate([data.seen, data.unseen])),
+        )
+    found: dict[str, Result] = {}
+    for method, facts in METHODS.items():
+        found[method] = dict(facts)
+        for setting, (images, classes) in settings.items():
+            terms = 1 if method == "attributes" else 2  # cosines that a score is the sum of
+            bias = np.where(np.isin(classes, data.seen), -terms * calibration, 0.0).astype(np.float32)
+            scores = _scores(method, predictions, images, data.attributes[classes], prototypes[classes], bias)
+            by_step = [_outcome(data, images, classes[one.argmax(1)], setting) for one in scores]
+            step = (steps or {}).get(method, {}).get(setting, len(by_step) - 1)
+            found[method][setting] = dict(by_step[step])
+            if len(by_step) > 1:
+                found[method][setting] |= {"step": step, "by_step": [_headline(one) for one in by_step]}
+    return found
+
+
+def _scores(
+    method: str,
+    predictions: Predictions,
+    images: Indices,
+    attributes: NDArray[np.float32],
+    prototypes: NDArray[np.floating],
+    bias: NDArray[np.float32],
+) -> list[NDArray[np.floating]]:
+    mine = predictions.attributes[images], predictions.latent[images]
+    if method == "attributes":
+        return [cosine(mine[0], attributes) + bias]
+    if method == "hybrid":
+        return [combined(*mine, (attributes, prototypes)) + bias]
+    return list(self_adaptation(*mine, attributes, metric=METHODS[method]["metric"], bias=bias, steps=STEPS))  # type: ignore[arg-type]
+
+
+def _outcome(data: ZSLData, images: Indices, predicted: Indices, setting: str) -> Result:
+    accuracies = class_accuracies(predicted, data.labels[images], len(data.classes))
+    by_class = {data.classes[i]: float(accuracies[i]) for i in np.flatnonzero(~np.isnan(accuracies))}
+
+    def mean(rows: Indices) -> float:
+        there = accuracies[rows][~np.isnan(accuracies[rows])]
+        return float(there.mean()) if len(there) else float("nan")
+
+    if setting == "czsl":
+        return {"mca": mean(data.unseen), "by_class": by_class}
+    seen, unseen = mean(data.seen), mean(data.unseen)
+    return {"unseen": unseen, "seen": seen, "h": harmonic_mean(seen, unseen), "by_class": by_class}
+
+
+def _headline(outcome: Result) -> float:
+    return float(outcome["mca"] if "mca" in outcome else outcome["h"])

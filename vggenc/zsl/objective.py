@@ -1,0 +1,53 @@
+"""What LFGAA is trained for (Liu et al., ICCV 2019)."""
+
+from typing import NamedTuple
+
+import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner
+from pytorch_metric_learning.reducers import MeanReducer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vggenc.encoder import EncoderOutput
+
+MARGIN = 1.0
+
+
+class Losses(NamedTuple):
+    """Means over a batch."""
+
+    total: Tensor
+    attribute: Tensor
+    latent: Tensor
+
+
+class Objective(nn.Module):
+    """Batch-hard triplets on the latent vectors, and cross-entropy of the attributes over the seen classes.
+
+    Args:
+        attributes: `(seen classes, k)`, not normalised: the logits are their products with the predictions.
+        beta: weight of the cross-entropy.
+    """
+
+    def __init__(self, attributes: Tensor, beta: float) -> None:
+        super().__init__()
+        self.register_buffer("attributes", attributes, persistent=False)
+        self.beta = beta
+        distance = LpDistance(normalize_embeddings=False)
+        self._miner = BatchHardMiner(distance=distance)
+        self._triplet = TripletMarginLoss(margin=MARGIN, distance=distance, reducer=MeanReducer())
+
+    def forward(self, output: EncoderOutput, labels: Tensor) -> Losses:
+        """The losses of a batch.
+
+        Args:
+            output: of N images.
+            labels: `(N,)`, rows of the seen classes.
+        """
+        assert isinstance(self.attributes, Tensor)
+        attribute = F.cross_entropy(output.attributes.float() @ self.attributes.T, labels)
+        latent = output.latent.float()
+        triplet = self._triplet(latent, labels, self._miner(latent, labels))
+        return Losses(triplet + self.beta * attribute, attribute, torch.as_tensor(triplet))

@@ -1,0 +1,391 @@
+"""A training run as a folder: what was asked, what was chosen on validation classes, what came of it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+
+from vggenc.checkpoint import Checkpoint, load
+from vggenc.encoder import VGG19Encoder
+from vggenc.errors import DataError, StoreError, UsageError
+from vggenc.options import Options
+from vggenc.pipeline import extract
+from vggenc.stages import STAGE_NAMES
+from vggenc.store import differences, read_features
+from vggenc.zsl.batches import Grids
+from vggenc.zsl.data import ZSLData
+from vggenc.zsl.evaluation import METHODS, Predictions, Result, evaluate, predict
+from vggenc.zsl.inference import cosine
+from vggenc.zsl.metrics import harmonic_mean, mean_class_accuracy
+from vggenc.zsl.recipes import Recipe
+from vggenc.zsl.training import LAST, History, Training, fit
+
+RUN = "run.json"
+FORMAT = 1
+GRIDS = "grids"
+_PATIENCE = 3600
+"""Seconds that other processes wait for the first one's cached maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run is told besides its recipe.
+
+    Attributes:
+        weights: as for `VGG19Encoder`; None for random values, a control.
+        backbone: likewise.
+        seed: of the heads' values, batches, crops and dropout, and of the classes held out.
+        heads_only: train the heads on maps that are computed once; also `fc_layers` that the weights lack.
+        paper_selection: choose epoch and step on the unseen classes' test images, as the published code does.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        devices: how many; more than one train with DDP.
+        precision: `fp32` or `bf16` (mixed).
+        engine: what computes the cached maps, as in `Options`.
+        num_workers: processes that read images; None: one less than there are cores.
+        cache: folder of the cached maps, which runs of the same data, weights and size share; None: the run's.
+        tensorboard: also log for TensorBoard.
+    """
+
+    weights: str | None
+    backbone: str | None = None
+    seed: int = 0
+    heads_only: bool = False
+    paper_selection: bool = False
+    device: str = "auto"
+    devices: int = 1
+    precision: str = "fp32"
+    engine: str = "torch"
+    num_workers: int | None = None
+    cache: str | os.PathLike[str] | None = None
+    tensorboard: bool = False
+
+
+def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: Setup) -> dict[str, Any]:
+    """Train LFGAA on the seen classes of a split, and write the encoder to a folder; a stopped run goes on.
+
+    First a third of the seen classes is held out (`ZSLData.hold_out`): after each epoch the rest's encoder is
+    evaluated on them, which chooses the number of epochs, the steps of self-adaptation and the calibration.
+    Then an encoder is trained for as many epochs on all seen classes. With `paper_selection` there is one
+    training, evaluated on the unseen classes after each epoch, and the best of them is kept.
+
+    Returns:
+        What `run.json` in the folder holds; `selection` among it.
+
+    Raises:
+        UsageError: a folder with other files, or a run with other settings.
+        DataError: an image that can't be read, or too few seen classes to hold some out.
+        StoreError: a folder that another process writes, or that can't be written.
+    """
+    folder = Path(output)
+    checkpoint = None if setup.weights is None else load(setup.weights, setup.backbone)
+    if setup.heads_only:
+        has_fc = checkpoint is not None and "fc_layers" in checkpoint.trained
+        recipe = replace(recipe, freeze="fc7" if has_fc else "conv5_4")
+    facts = _facts(data, recipe, setup, checkpoint)
+    first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    lock = FileLock(folder / ".vggenc-lock", timeout=0)
+    if first:
+        _open(folder, facts, lock)
+    try:
+        return _Run(folder, data, recipe, setup, facts, first)()
+    finally:
+        if first:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+class _Run:
+    def __init__(
+        self, folder: Path, data: ZSLData, recipe: Recipe, setup: Setup, facts: dict[str, Any], first: bool
+    ) -> None:
+        self.folder, self.data, self.recipe, self.setup, self.facts = folder, data, recipe, setup, facts
+        self.first = first
+        self.options = Options(
+            image_size=recipe.image_size, num_workers=setup.num_workers, allow_untrained=True
+        )
+        self.grids = self._cached() if setup.heads_only else None
+
+    def __call__(self) -> dict[str, Any]:
+        selection = read_run(self.folder)["selection"] if (self.folder / RUN).exists() else None
+        if selection is None:
+            selection = self._train_as_published() if self.setup.paper_selection else self._select()
+            self._write(selection)
+        if not (self.folder / SAFETENSORS_SINGLE_FILE).exists():
+            encoder = self._encoder()
+            self._fit(encoder, self.data, "training", selection["epochs"])
+            self._save(encoder)
+        if self.first:
+            for file in self.folder.glob(f"*/{LAST}"):  # gigabytes that nobody needs any more
+                file.unlink()
+        return {**self.facts, "selection": selection}
+
+    def _save(self, encoder: VGG19Encoder) -> None:
+        if self.first:
+            encoder.mark_trained()
+            encoder.save_pretrained(self.folder)
+
+    def _select(self) -> dict[str, Any]:
+        split = self.data.hold_out(self.setup.seed)
+        encoder = self._encoder()
+
+        def watch(_: int) -> dict[str, Any]:
+            predictions = self._predict(encoder, split)
+            results = evaluate(split, predictions)
+            return {
+                "mca": results["attributes"]["czsl"]["mca"],
+                "calibration": best_calibration(split, predictions),
+                "results": results,
+            }
+
+        history = self._fit(encoder, split, "selection", self.recipe.epochs, watch)
+        best = max(history, key=lambda row: float(row["mca"]))
+        return {
+            "on": "seen classes held out for validation",
+            "classes": [split.classes[i] for i in split.unseen],
+            "epochs": best["epoch"] + 1,
+            "mca": best["mca"],
+            "calibration": best["calibration"],
+            "steps": _best_steps(best["results"]),
+        }
+
+    def _train_as_published(self) -> dict[str, Any]:
+        encoder = self._encoder()
+        best: dict[str, Any] = {}
+
+        def watch(epoch: int) -> dict[str, Any]:
+            results = evaluate(self.data, self._predict(encoder, self.data))
+            mca = max(max(r["czsl"].get("by_step", [r["czsl"]["mca"]])) for r in results.values())
+            so_far = max((row["mca"] for row in module.history), default=-1.0)
+            if mca > so_far:
+                self._save(encoder)
+            return {"mca": mca, "results": results}
+
+        module = self._module(encoder, self.data, watch)
+        history = self._fit_module(module, "training", self.recipe.epochs)
+        best = max(history, key=lambda row: float(row["mca"]))
+        return {
+            "on": "TEST images of unseen classes, as published",
+            "classes": [self.data.classes[i] for i in self.data.unseen],
+            "epochs": best["epoch"] + 1,
+            "mca": best["mca"],
+            "calibration": 0.0,
+            "steps": _best_steps(best["results"]),
+        }
+
+    def _encoder(self) -> VGG19Encoder:
+        torch.manual_seed(self.setup.seed)
+        backbone = None if self.setup.weights is not None else self.setup.backbone
+        encoder = VGG19Encoder(
+            self.data.k,
+            backbone=backbone,
+            weights=None if self.setup.weights is None else load(self.setup.weights, self.setup.backbone),
+        )
+        if self.recipe.freeze:
+            encoder.freeze(self.recipe.freeze)
+        return encoder
+
+    def _module(
+        self, encoder: VGG19Encoder, split: ZSLData, watch: Callable[[int], dict[str, Any]] | None
+    ) -> Training:
+        workers = self.setup.num_workers
+        return Training(
+            encoder,
+            split,
+            self.recipe,
+            seed=self.setup.seed,
+            grids=self.grids,
+            num_workers=max(0, (os.cpu_count() or 1) - 1) if workers is None else workers,
+            watch=watch,
+        )
+
+    def _fit_module(self, module: Training, phase: str, epochs: int) -> History:
+        cuda = self.setup.device != "cpu" and torch.cuda.is_available()
+        return fit(
+            module,
+            self.folder / phase,
+            epochs=epochs,
+            title=phase,
+            accelerator="cuda" if cuda else "cpu",
+            devices=self.setup.devices,
+            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[self.setup.precision],
+            tensorboard=self.setup.tensorboard,
+        )
+
+    def _fit(
+        self,
+        encoder: VGG19Encoder,
+        split: ZSLData,
+        phase: str,
+        epochs: int,
+        watch: Callable[[int], dict[str, Any]] | None = None,
+    ) -> History:
+        return self._fit_module(self._module(encoder, split, watch), phase, epochs)
+
+    def _predict(self, encoder: VGG19Encoder, split: ZSLData) -> Predictions:
+        which = np.concatenate([split.trainval, split.test_seen, split.test_unseen])
+        return predict(encoder, split, which, grids=self.grids, options=self.options)
+
+    def _cached(self) -> Grids:
+        folder = Path(self.setup.cache) if self.setup.cache else self.folder / GRIDS
+        if self.first:
+            cache_grids(self._encoder(), self.data, folder, self.recipe.image_size, self.setup)
+        begun = time.monotonic()
+        while not self.first:
+            try:
+                read_features(folder, ["path"])
+                break
+            except (UsageError, StoreError):
+                if time.monotonic() - begun > _PATIENCE:
+                    raise
+                time.sleep(1)
+        return Grids(folder)
+
+    def _write(self, selection: dict[str, Any]) -> None:
+        if self.first:
+            _write_json(self.folder / RUN, {**self.facts, "selection": selection})
+
+
+def cache_grids(encoder: VGG19Encoder, data: ZSLData, folder: Path, image_size: int, setup: Setup) -> None:
+    """Compute what the heads see of all images, as a features folder.
+
+    Raises:
+        UsageError: an image size at which the heads see more than the grid.
+        DataError: an image that can't be read.
+    """
+    if image_size >= 240:
+        raise UsageError(f"cached maps work for an image_size below 240; got {image_size}")
+    options = Options(
+        pool="grid",
+        image_size=image_size,
+        engine=setup.engine,
+        num_workers=setup.num_workers,
+        allow_untrained=setup.weights is None,
+    )
+    everything = data.images(np.arange(len(data.paths)))
+    summary = extract(everything, encoder, STAGE_NAMES, folder, options=options, progress=True)
+    if summary.failed:
+        path, reason = summary.failures[0]
+        raise DataError(f"{data.root / path} can't be used: {reason}")
+
+
+def best_calibration(data: ZSLData, predictions: Predictions) -> float:
+    """The calibration, from 0 to 0.5, with the best harmonic mean by attributes; 0 without seen images."""
+    if not len(data.test_seen):
+        return 0.0
+    images = np.concatenate([data.test_seen, data.test_unseen])
+    labels = data.labels[images]
+    scores = cosine(predictions.attributes[images], data.attributes)
+    known = np.isin(np.arange(len(data.classes)), np.concatenate([data.seen, data.unseen]))
+    scores[:, ~known] = -np.inf
+    is_seen = np.isin(labels, data.seen)
+
+    def h(value: float) -> float:
+        moved = scores - value * np.isin(np.arange(len(data.classes)), data.seen)
+        predicted = moved.argmax(1)
+        parts = [
+            mean_class_accuracy(predicted[mine], labels[mine], len(data.classes))
+            for mine in (is_seen, ~is_seen)
+        ]
+        return harmonic_mean(*parts)
+
+    return float(max(np.linspace(0, 0.5, 101), key=h))
+
+
+def _best_steps(results: dict[str, Result]) -> dict[str, dict[str, int]]:
+    return {
+        method: {
+            setting: int(np.argmax(results[method][setting]["by_step"]))
+            for setting in ("czsl", "gzsl")
+            if setting in results[method]
+        }
+        for method, facts in METHODS.items()
+        if facts["transductive"]
+    }
+
+
+def _facts(data: ZSLData, recipe: Recipe, setup: Setup, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What decides the result."""
+    settings = {
+        "weights": checkpoint.name if checkpoint else "random",
+        "weights_sha256": checkpoint.sha256 if checkpoint else None,
+        "backbone": checkpoint.backbone if checkpoint else setup.backbone,
+        "seed": setup.seed,
+        "heads_only": setup.heads_only,
+        "paper_selection": setup.paper_selection,
+        "precision": setup.precision,
+        "recipe": asdict(recipe),
+        "data": {
+            "split": data.split,
+            "sha256": data.sha256(),
+            "classes": [len(data.seen), len(data.unseen)],
+            "images": [len(data.trainval), len(data.test_seen), len(data.test_unseen)],
+        },
+        "versions": {name: version(name) for name in ("vggenc", "torch", "lightning")},
+    }
+    return {
+        "format": FORMAT,
+        "settings": settings,
+        "grids": os.fspath(setup.cache or GRIDS) if setup.heads_only else None,
+    }
+
+
+def _open(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
+    """Lock a run's folder, after checking that it is one of these settings, or empty."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{folder} is being written by another process") from None
+    except OSError as error:
+        raise StoreError(f"{folder} can't be written: {error.strerror or error}") from error
+    names = {file.name for file in folder.iterdir()} - {".vggenc-lock"}
+    try:
+        if (folder / RUN).exists():
+            found = differences(read_run(folder)["settings"], facts["settings"])
+            if found:
+                raise UsageError(
+                    f"{folder} holds a run with other settings: {'; '.join(found)}. Name another folder."
+                )
+        elif names:
+            raise UsageError(f"{folder} holds other files, such as {min(names)}; name an empty or new folder")
+        else:
+            _write_json(folder / RUN, {**facts, "selection": None})
+    except BaseException:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        raise
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds.
+
+    Raises:
+        StoreError: it can't be read.
+    """
+    try:
+        run = json.loads((folder / RUN).read_text())
+        if run["format"] > FORMAT:
+            raise StoreError(f"{folder} was written by a later version of vggenc")
+        return dict(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / RUN} can't be read as a run: {error}") from error
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{file} can't be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
