@@ -138,3 +138,19 @@ def folder(tmp_path) -> Path:
         pixels = rng.integers(0, 256, (40 + i, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / ("deep" if i % 3 == 0 else ".") / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> None:
+    """Encoders whose fully connected layers are 16 wide instead of 4096: 120 M values fewer."""
+    build = VGG19Encoder._build
+
+    def build_narrow(encoder: VGG19Encoder) -> None:
+        build(encoder)
+        relu, dropout = torch.nn.ReLU, torch.nn.Dropout
+        layers = [torch.nn.Linear(25088, 16), relu(), dropout(), torch.nn.Linear(16, 16), relu()]
+        encoder.fc_layers = torch.nn.Sequential(*layers)
+        encoder.fc4 = torch.nn.Linear(16, 2 * encoder.k)
+
+    monkeypatch.setattr(VGG19Encoder, "_build", build_narrow)
+    monkeypatch.setattr("vggenc.engines.FC_WIDTH", 16)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
@@ -110,6 +111,15 @@ def test_wrong_usage_is_one_message_and_exit_code_2(vggenc, monkeypatch, argumen
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_is_told_with_what_needs_less(vggenc, tmp_path, monkeypatch):
+    monkeypatch.setattr("vggenc.engines.Engine.compute", lambda *_: torch.empty(2**50))
+    result = vggenc("extract", PHOTOGRAPHS, "--output", tmp_path / "f", *FAST)
+    assert result.returncode == 1
+    assert "allocate" in result.stderr
+    assert "a smaller --batch-size or --image-size needs less" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_weights_that_cannot_be_had_exit_with_1(vggenc, tmp_path):

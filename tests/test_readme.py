@@ -90,6 +90,17 @@ def test_stage_table_is_that_of_the_code():
 
 
 def test_every_module_stands_in_the_table_of_files():
-    for file in (ROOT / "vggenc").glob("*.py"):
+    for file in (ROOT / "vggenc").rglob("*.py"):
         if not file.name.startswith("__"):
-            assert f"`{file.name}`" in TEXT
+            assert f"`{file.relative_to(ROOT / 'vggenc')}`" in TEXT
+
+
+def test_every_test_that_backs_the_table_of_faults_exists():
+    table = TEXT.split("## What can go wrong")[1].split("\n## ")[0]
+    code = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "| what happens |" not in line]
+    assert len(rows) > 10
+    for row in rows:
+        names = re.findall(r"`(test_\w+)(?:\.py)?`", row.split("|")[3])
+        assert names, row
+        assert all(f"def {name}(" in code or (ROOT / "tests" / f"{name}.py").exists() for name in names), row

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import WeightsEnum, get_model_builder
+from typing_extensions import Self
 
 from vggenc.checkpoint import Checkpoint, Saved, check_keys, load
 from vggenc.errors import UsageError, WeightsError, one_of
@@ -263,6 +265,24 @@ class VGG19Encoder(FineTuning, Saved):
         if intermediates_only:
             return intermediates
         return (maps[-1] if stop_early else self.tail_layer(maps[-1])), intermediates
+
+    @classmethod
+    def from_lfgaa(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a checkpoint of the published LFGAA code's VGG19 network, in evaluation mode.
+
+        Args:
+            path: what its `torch.save` wrote: 144 entries, from `conv2_2.0.weight` on.
+
+        Raises:
+            UsageError: no such file.
+            WeightsError: a file that is damaged or doesn't hold just this network.
+        """
+        given = load(Path(path))
+        lacking = [name for name in MODULES if name not in given.trained]
+        if lacking or given.backbone != DEFAULT_BACKBONE or given.k is None:
+            what = f"lacks {', '.join(lacking)}" if lacking else f"is of {given.backbone}"
+            raise WeightsError(f"{path} is no checkpoint of LFGAA's VGG19: it {what}")
+        return cls(given.k, weights=given).eval()
 
     def check_trained(self, outputs: Iterable[str]) -> None:
         """See to it that every layer behind some outputs was trained.

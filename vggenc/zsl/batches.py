@@ -1,6 +1,7 @@
 """Batches to train on: a few images of each of some classes, from files or from cached maps."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import functional as F
 
-from vggenc.errors import ImageError, UsageError
+from vggenc.encoder import VGG19Encoder
+from vggenc.errors import DataError, ImageError, UsageError
 from vggenc.images import Preprocess, read
 from vggenc.inputs import ImageList
-from vggenc.stages import STAGE_NAMES
+from vggenc.options import Options
+from vggenc.pipeline import extract
+from vggenc.stages import GRID, STAGE_NAMES, STAGES
 from vggenc.zsl.recipes import PER_CLASS
 
 Batch = tuple[Tensor | list[Tensor], Tensor, list[str]]
@@ -113,8 +117,30 @@ class ImageBatches(Dataset[Batch]):
         return (torch.empty(0) if failures else torch.stack(squares)), labels, failures
 
 
+def cache_grids(encoder: VGG19Encoder, images: ImageList, folder: Path, options: Options) -> None:
+    """Compute what the heads see of some images, as a features folder.
+
+    Args:
+        encoder: whose stages.
+        images: the files.
+        folder: where; what an earlier call left there is gone on with.
+        options: `image_size`, `engine` and `num_workers` are used.
+
+    Raises:
+        UsageError: an image size at which the heads see more than the grid.
+        DataError: an image that can't be read.
+    """
+    if (options.image_size or 224) // STAGES[-1].reduction > GRID:
+        raise UsageError(f"cached maps work for an image_size below 240; got {options.image_size}")
+    given = replace(options, pool="grid", allow_untrained=True)
+    summary = extract(images, encoder, STAGE_NAMES, folder, options=given, progress=True)
+    if summary.failed:
+        path, reason = summary.failures[0]
+        raise DataError(f"{images.root}/{path} can't be used: {reason}")
+
+
 class Grids:
-    """The maps of a features folder that was written with `pool="grid"`, by row."""
+    """The maps of a features folder that `cache_grids` wrote, by row."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(folder.glob("part-*.parquet"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,7 @@ def train_command(
     from vggenc.zsl.report import draw_curves
     from vggenc.zsl.run import Setup, train
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it speaks of itself
     found = load_data(data, split, images=images)
     chosen = _recipe(recipe, found.k, split, heads_only)
     chosen = replace(

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggenc.errors import DataError, UsageError, one_of
-from vggenc.inputs import SUFFIXES, ImageList
+from vggenc.inputs import ImageList
 
 SPLITS = {"ps": "proposed_split", "ss": "standard_split"}
 """Name -> the folder that holds its lists (the folder layout has the standard one's at its top)."""
 IMAGES = "JPEGImages"
-_LISTS = ("trainval", "test_seen", "test_unseen")
+LISTS = ("trainval", "test_seen", "test_unseen")
 _HELD_OUT = 3  # of as many seen classes, one is for validation, as in xlsa17's AwA and CUB
 
 Indices = NDArray[np.int64]
@@ -70,7 +70,7 @@ class ZSLData:
         for rows in (self.seen, self.unseen):
             digest.update("\n".join(sorted(self.classes[i] for i in rows)).encode() + b"\0")
         for images in (self.trainval, self.test_seen, self.test_unseen):
-            names = sorted(_tail(self.paths[i]) for i in images)
+            names = sorted(tail(self.paths[i]) for i in images)
             digest.update("\n".join(names).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()
 
@@ -135,54 +135,16 @@ def load_data(folder: str | Path, split: str = "ps", *, images: str | Path | Non
     if split not in SPLITS:
         raise one_of("split", split, SPLITS)
     if (folder / "classes.txt").is_file():
-        return _read_folders(folder, split, Path(images or folder / IMAGES))
-    if (folder / "res101.mat").is_file():
-        from vggenc.zsl.xlsa17 import read
+        from vggenc.zsl import folders
 
-        return read(folder, split, Path(images or folder))
+        return folders.read(folder, split, Path(images or folder / IMAGES))
+    if (folder / "res101.mat").is_file():
+        from vggenc.zsl import xlsa17
+
+        return xlsa17.read(folder, split, Path(images or folder))
     raise UsageError(
         f"{folder} is no zero-shot data set: it has neither classes.txt (folders, as AwA2 comes) nor "
         "res101.mat (xlsa17)"
-    )
-
-
-def _read_folders(folder: Path, split: str, images: Path) -> ZSLData:
-    names = _read_classes(folder / "classes.txt")
-    matrix = folder / "predicate-matrix-continuous.txt"
-    attributes = _read_matrix(matrix)
-    predicates = folder / "predicates.txt"
-    k = len(_lines(predicates)) if predicates.is_file() else attributes.shape[1]
-    if attributes.shape != (len(names), k):
-        raise DataError(
-            "{} is {} x {}, but classes.txt has {} classes".format(matrix, *attributes.shape, len(names))
-            + (f" and predicates.txt {k} attributes" if predicates.is_file() else "")
-        )
-    if split == "ss":
-        lists = {part: folder / f"{part}classes.txt" for part in ("train", "test")}
-        seen, unseen = (_known(_lines(file), names, file) for file in lists.values())
-        chosen = {
-            part: [
-                f"{name}/{file}" for name in own for file in _class_images(images / name, part == "trainval")
-            ]
-            for part, own in (("trainval", seen), ("test_unseen", unseen))
-        }
-    else:
-        where = folder / SPLITS[split]
-        sets = [where / f"{part}_cls.txt" for part in ("seen", "unseen")]
-        seen, unseen = (_known(_lines(file), names, file) for file in sets)
-        chosen = {part: [_tail(line) for line in _lines(where / f"{part}_{split}.txt")] for part in _LISTS}
-        _check_there(images, chosen)
-    used = [name for name in names if name in {*seen, *unseen}]
-    return assemble(
-        root=images,
-        chosen=chosen,
-        class_of=lambda path: PurePosixPath(path).parent.name,
-        classes=used,
-        attributes=attributes[[names.index(name) for name in used]],
-        seen=seen,
-        unseen=unseen,
-        split=split,
-        source=str(folder),
     )
 
 
@@ -219,31 +181,25 @@ def assemble(
     """
     seen, unseen = list(seen), list(unseen)
     if both := sorted(set(seen) & set(unseen)):
-        raise DataError(f"{source}: {_some(both)} is both seen and unseen")
+        raise DataError(f"{source}: {some(both)} is both seen and unseen")
     attributes = np.maximum(attributes, 0).astype(np.float32)
-    if not np.isfinite(attributes).all():
-        raise DataError(
-            f"{source}: the attributes of {_some(_rows_where(classes, ~np.isfinite(attributes)))} hold NaN"
-        )
+    if odd := _rows_where(classes, ~np.isfinite(attributes)):
+        raise DataError(f"{source}: the attributes of {some(odd)} hold NaN or infinity")
     if empty := _rows_where(classes, ~attributes.any(1, keepdims=True)):
-        raise DataError(
-            f"{source}: {_some(empty)} has no attributes: its row is 0 or missing (-1) throughout"
-        )
-    paths = [path for part in _LISTS for path in chosen.get(part, [])]
+        raise DataError(f"{source}: {some(empty)} has no attributes: its row is 0 or missing (-1) throughout")
+    paths = [path for part in LISTS for path in chosen.get(part, [])]
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
-        raise DataError(f"{source}: {_some(twice)} is listed twice")
+        raise DataError(f"{source}: {some(twice)} is listed twice")
     rows = {name: i for i, name in enumerate(classes)}
-    for part in _LISTS:
+    for part in LISTS:
         allowed = set(unseen if part == "test_unseen" else seen)
         wrong = [path for path in chosen.get(part, []) if class_of(path) not in allowed]
         if wrong:
             kind = "unseen" if part == "test_unseen" else "seen"
-            raise DataError(
-                f"{source}: {part} lists {_some(wrong)}, whose class is not among the {kind} ones"
-            )
+            raise DataError(f"{source}: {part} lists {some(wrong)}, whose class is not among the {kind} ones")
     if idle := sorted(set(seen) - {class_of(path) for path in chosen["trainval"]}):
-        raise DataError(f"{source}: the seen class {_some(idle)} has no image to train on")
-    ends = np.cumsum([0, *(len(chosen.get(part, [])) for part in _LISTS)])
+        raise DataError(f"{source}: the seen class {some(idle)} has no image to train on")
+    ends = np.cumsum([0, *(len(chosen.get(part, [])) for part in LISTS)])
     parts = [np.arange(a, b) for a, b in itertools.pairwise(ends.tolist())]
     index = {path: i for i, path in enumerate(paths)}
     return ZSLData(
@@ -262,66 +218,7 @@ def assemble(
     )
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UsageError(f"{file} is missing, which this split needs") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} can't be read: {error}") from error
-
-
-def _read_classes(file: Path) -> list[str]:
-    fields = [line.split(maxsplit=1) for line in _lines(file)]
-    for i, line in enumerate(fields, 1):
-        if len(line) != 2 or line[0] != str(i):
-            raise DataError(
-                f"{file} must number its classes from 1 on ('1 antelope'); line {i} is {' '.join(line)!r}"
-            )
-    names = [name for _, name in fields]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{file} names {_some(twice)} twice")
-    return names
-
-
-def _read_matrix(file: Path) -> NDArray[np.float64]:
-    lines = _lines(file)
-    try:
-        rows = [[float(cell) for cell in line.split()] for line in lines]
-    except ValueError as error:
-        raise DataError(f"{file} holds something other than numbers: {error}") from error
-    if len({len(row) for row in rows}) != 1:
-        raise DataError(f"{file} has rows of different lengths: {sorted({len(row) for row in rows})}")
-    return np.array(rows)
-
-
-def _known(names: list[str], classes: Sequence[str], file: Path) -> list[str]:
-    if unknown := sorted(set(names) - set(classes)):
-        raise DataError(
-            f"{file} names {_some(unknown)}, which has no attributes: classes.txt doesn't list it"
-        )
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{file} names {_some(twice)} twice")
-    return names
-
-
-def _class_images(folder: Path, needed: bool) -> list[str]:
-    if not folder.is_dir():
-        if needed:
-            raise DataError(f"{folder} is missing, the images of a class that is trained on")
-        return []
-    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-
-
-def _check_there(images: Path, chosen: dict[str, list[str]]) -> None:
-    for part, paths in chosen.items():
-        if missing := [path for path in paths if not (images / path).is_file()]:
-            raise DataError(
-                f"{len(missing)} of {len(paths)} images of {part} are missing, such as {images / missing[0]}"
-            )
-
-
-def _tail(path: str) -> str:
+def tail(path: str) -> str:
     """`class/file`, of a path with any prefix."""
     return "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
 
@@ -330,6 +227,7 @@ def _rows_where(classes: Sequence[str], bad: Any) -> list[str]:
     return [name for name, row in zip(classes, bad, strict=True) if row.any()]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of some names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(str, names[:3])) + more

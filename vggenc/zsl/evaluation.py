@@ -111,20 +111,22 @@ def evaluate(
             stacking, Chao et al., ECCV 2016).
 
     Returns:
-        By method: `transductive`, `czsl` with `mca` (top-1 on images of unseen classes, among these, averaged
-        over classes), and `gzsl` with `unseen`, `seen` (among all classes) and their harmonic mean `h`; all from 0
-        to 1. Each also has `by_step` for self-adaptation and `by_class`, where a class without test images is
-        absent.
+        By method: `transductive`; `czsl` with `mca` (top-1 on images of unseen classes, among these, averaged
+        over classes); `gzsl` with `unseen`, `seen` (among all classes) and their harmonic mean `h`. All are
+        from 0 to 1. Both also have `by_step` for self-adaptation, and `by_class`, where a class without test
+        images is absent.
+
+    Raises:
+        DataError: no test image of an unseen class.
     """
+    if not len(data.test_unseen):
+        raise DataError("there is no test image of an unseen class")
     prototypes = latent_prototypes(
         predictions.latent[data.trainval], data.labels[data.trainval], data.attributes, data.seen
     )
     settings = {"czsl": (data.test_unseen, data.unseen)}
     if len(data.test_seen):
-        settings["gzsl"] = (
-            np.concatenate([data.test_seen, data.test_unseen]),
-            np.sort(np.concatenate([data.seen, data.unseen])),
-        )
+        settings["gzsl"] = _generalised(data)
     found: dict[str, Result] = {}
     for method, facts in METHODS.items():
         found[method] = dict(facts)
@@ -153,7 +155,7 @@ def _scores(
         return [cosine(mine[0], attributes) + bias]
     if method == "hybrid":
         return [combined(*mine, (attributes, prototypes)) + bias]
-    return list(self_adaptation(*mine, attributes, metric=METHODS[method]["metric"], bias=bias, steps=STEPS))  # type: ignore[arg-type]
+    return list(self_adaptation(*mine, attributes, metric=METHODS[method]["metric"], bias=bias, steps=STEPS))
 
 
 def _outcome(data: ZSLData, images: Indices, predicted: Indices, setting: str) -> Result:
@@ -172,3 +174,36 @@ def _outcome(data: ZSLData, images: Indices, predicted: Indices, setting: str) -
 
 def _headline(outcome: Result) -> float:
     return float(outcome["mca"] if "mca" in outcome else outcome["h"])
+
+
+def best_calibration(data: ZSLData, predictions: Predictions) -> float:
+    """The calibration, from 0 to 0.5, with the best harmonic mean by attributes; 0 without seen images."""
+    if not len(data.test_seen):
+        return 0.0
+    images, classes = _generalised(data)
+    scores = cosine(predictions.attributes[images], data.attributes[classes])
+    is_seen = np.isin(classes, data.seen)
+
+    def h(value: float) -> float:
+        return float(_outcome(data, images, classes[(scores - value * is_seen).argmax(1)], "gzsl")["h"])
+
+    return float(max(np.linspace(0, 0.5, 101), key=h))
+
+
+def _generalised(data: ZSLData) -> tuple[Indices, Indices]:
+    """Images and classes of the generalised setting."""
+    images = np.concatenate([data.test_seen, data.test_unseen])
+    return images, np.sort(np.concatenate([data.seen, data.unseen]))
+
+
+def best_steps(results: dict[str, Result]) -> dict[str, dict[str, int]]:
+    """The steps of self-adaptation that did best, by method and setting."""
+    return {
+        method: {
+            setting: int(np.argmax(results[method][setting]["by_step"]))
+            for setting in ("czsl", "gzsl")
+            if setting in results[method]
+        }
+        for method, facts in METHODS.items()
+        if facts["transductive"]
+    }

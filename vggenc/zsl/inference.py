@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from sklearn.linear_model import Ridge
 
 from vggenc.errors import one_of
@@ -20,7 +21,7 @@ STEPS = 10
 def unit(x: Array) -> Array:
     """Rows at length 1; a row of zeros stays one."""
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    result: Array = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    result: Array = np.divide(x, length, out=np.zeros_like(x), where=length != 0)
     return result
 
 
@@ -49,7 +50,7 @@ def combined(
     by_attributes = cosine(attributes, prototypes[0])
     if metric == "cosine":
         return by_attributes + cosine(latent, prototypes[1])
-    squares = ((latent[:, None] - prototypes[1][None]) ** 2).sum(2)
+    squares = cdist(latent, prototypes[1], "sqeuclidean").astype(latent.dtype)
     return unit(by_attributes) + unit(1 / (1 + squares))
 
 

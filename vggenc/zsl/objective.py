@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
@@ -21,6 +20,7 @@ class Losses(NamedTuple):
     total: Tensor
     attribute: Tensor
     latent: Tensor
+    alignment: Tensor
 
 
 class Objective(nn.Module):
@@ -29,12 +29,15 @@ class Objective(nn.Module):
     Args:
         attributes: `(seen classes, k)`, not normalised: the logits are their products with the predictions.
         beta: weight of the cross-entropy.
+        alignment: weight of 1 - cosine of the predicted attributes with those of the class. LFGAA has no such
+            term: cross-entropy over few classes leaves most directions of the attributes to chance, in which
+            unseen classes differ too.
     """
 
-    def __init__(self, attributes: Tensor, beta: float) -> None:
+    def __init__(self, attributes: Tensor, beta: float, alignment: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("attributes", attributes, persistent=False)
-        self.beta = beta
+        self.beta, self.alignment = beta, alignment
         distance = LpDistance(normalize_embeddings=False)
         self._miner = BatchHardMiner(distance=distance)
         self._triplet = TripletMarginLoss(margin=MARGIN, distance=distance, reducer=MeanReducer())
@@ -50,4 +53,6 @@ class Objective(nn.Module):
         attribute = F.cross_entropy(output.attributes.float() @ self.attributes.T, labels)
         latent = output.latent.float()
         triplet = self._triplet(latent, labels, self._miner(latent, labels))
-        return Losses(triplet + self.beta * attribute, attribute, torch.as_tensor(triplet))
+        alignment = 1 - F.cosine_similarity(output.attributes.float(), self.attributes[labels]).mean()
+        total = triplet + self.beta * attribute + self.alignment * alignment
+        return Losses(total, attribute, triplet, alignment)

@@ -20,10 +20,12 @@ class Recipe:
         fc_lr: for `fc_layers`.
         head_lr: for the heads.
         beta: weight of the attribute cross-entropy beside the latent triplets.
+        alignment: weight of an addition to LFGAA's loss; see `vggenc.zsl.Objective`.
         batch_size: images in a step, a multiple of 4; fewer where there are too few classes for 4 of each.
         decay_every: epochs after which the rates fall to a tenth; None: never.
         freeze: the deepest stage that doesn't train; None: all train.
         image_size: side of the square seen, in pixels.
+        augment: cut out random squares and mirror half of them; of no effect on cached maps.
 
     Raises:
         UsageError: a value out of range.
@@ -34,18 +36,20 @@ class Recipe:
     fc_lr: float = 1e-5
     head_lr: float = 1e-5
     beta: float = 1.0
+    alignment: float = 0.0
     batch_size: int = 32
     decay_every: int | None = None
     freeze: str | None = None
     image_size: int = 224
+    augment: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.epochs <= 10_000:
             raise UsageError(f"epochs must be 1 to 10000; got {self.epochs}")
         if self.batch_size < PER_CLASS or self.batch_size % PER_CLASS:
             raise UsageError(f"batch_size must be a multiple of {PER_CLASS}; got {self.batch_size}")
-        if not min(self.backbone_lr, self.fc_lr, self.head_lr, self.beta) >= 0:
-            raise UsageError("learning rates and beta must be 0 or more")
+        if not min(self.backbone_lr, self.fc_lr, self.head_lr, self.beta, self.alignment) >= 0:
+            raise UsageError("learning rates, beta and alignment must be 0 or more")
 
 
 def _published(lr: float = 1e-5, **others: float) -> Recipe:

@@ -16,16 +16,12 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
 from vggenc.checkpoint import Checkpoint, load
 from vggenc.encoder import VGG19Encoder
-from vggenc.errors import DataError, StoreError, UsageError
+from vggenc.errors import StoreError, UsageError
 from vggenc.options import Options
-from vggenc.pipeline import extract
-from vggenc.stages import STAGE_NAMES
 from vggenc.store import differences, read_features
-from vggenc.zsl.batches import Grids
+from vggenc.zsl.batches import Grids, cache_grids
 from vggenc.zsl.data import ZSLData
-from vggenc.zsl.evaluation import METHODS, Predictions, Result, evaluate, predict
-from vggenc.zsl.inference import cosine
-from vggenc.zsl.metrics import harmonic_mean, mean_class_accuracy
+from vggenc.zsl.evaluation import Predictions, best_calibration, best_steps, evaluate, predict
 from vggenc.zsl.recipes import Recipe
 from vggenc.zsl.training import LAST, History, Training, fit
 
@@ -51,7 +47,7 @@ class Setup:
         precision: `fp32` or `bf16` (mixed).
         engine: what computes the cached maps, as in `Options`.
         num_workers: processes that read images; None: one less than there are cores.
-        cache: folder of the cached maps, which runs of the same data, weights and size share; None: the run's.
+        cache: folder of the cached maps, for runs of the same data, weights and size; None: the run's.
         tensorboard: also log for TensorBoard.
     """
 
@@ -110,7 +106,10 @@ class _Run:
         self.folder, self.data, self.recipe, self.setup, self.facts = folder, data, recipe, setup, facts
         self.first = first
         self.options = Options(
-            image_size=recipe.image_size, num_workers=setup.num_workers, allow_untrained=True
+            image_size=recipe.image_size,
+            engine=setup.engine,
+            num_workers=setup.num_workers,
+            allow_untrained=True,
         )
         self.grids = self._cached() if setup.heads_only else None
 
@@ -154,7 +153,7 @@ class _Run:
             "epochs": best["epoch"] + 1,
             "mca": best["mca"],
             "calibration": best["calibration"],
-            "steps": _best_steps(best["results"]),
+            "steps": best_steps(best["results"]),
         }
 
     def _train_as_published(self) -> dict[str, Any]:
@@ -178,7 +177,7 @@ class _Run:
             "epochs": best["epoch"] + 1,
             "mca": best["mca"],
             "calibration": 0.0,
-            "steps": _best_steps(best["results"]),
+            "steps": best_steps(best["results"]),
         }
 
     def _encoder(self) -> VGG19Encoder:
@@ -237,7 +236,8 @@ class _Run:
     def _cached(self) -> Grids:
         folder = Path(self.setup.cache) if self.setup.cache else self.folder / GRIDS
         if self.first:
-            cache_grids(self._encoder(), self.data, folder, self.recipe.image_size, self.setup)
+            everything = self.data.images(np.arange(len(self.data.paths)))
+            cache_grids(self._encoder(), everything, folder, self.options)
         begun = time.monotonic()
         while not self.first:
             try:
@@ -252,64 +252,6 @@ class _Run:
     def _write(self, selection: dict[str, Any]) -> None:
         if self.first:
             _write_json(self.folder / RUN, {**self.facts, "selection": selection})
-
-
-def cache_grids(encoder: VGG19Encoder, data: ZSLData, folder: Path, image_size: int, setup: Setup) -> None:
-    """Compute what the heads see of all images, as a features folder.
-
-    Raises:
-        UsageError: an image size at which the heads see more than the grid.
-        DataError: an image that can't be read.
-    """
-    if image_size >= 240:
-        raise UsageError(f"cached maps work for an image_size below 240; got {image_size}")
-    options = Options(
-        pool="grid",
-        image_size=image_size,
-        engine=setup.engine,
-        num_workers=setup.num_workers,
-        allow_untrained=setup.weights is None,
-    )
-    everything = data.images(np.arange(len(data.paths)))
-    summary = extract(everything, encoder, STAGE_NAMES, folder, options=options, progress=True)
-    if summary.failed:
-        path, reason = summary.failures[0]
-        raise DataError(f"{data.root / path} can't be used: {reason}")
-
-
-def best_calibration(data: ZSLData, predictions: Predictions) -> float:
-    """The calibration, from 0 to 0.5, with the best harmonic mean by attributes; 0 without seen images."""
-    if not len(data.test_seen):
-        return 0.0
-    images = np.concatenate([data.test_seen, data.test_unseen])
-    labels = data.labels[images]
-    scores = cosine(predictions.attributes[images], data.attributes)
-    known = np.isin(np.arange(len(data.classes)), np.concatenate([data.seen, data.unseen]))
-    scores[:, ~known] = -np.inf
-    is_seen = np.isin(labels, data.seen)
-
-    def h(value: float) -> float:
-        moved = scores - value * np.isin(np.arange(len(data.classes)), data.seen)
-        predicted = moved.argmax(1)
-        parts = [
-            mean_class_accuracy(predicted[mine], labels[mine], len(data.classes))
-            for mine in (is_seen, ~is_seen)
-        ]
-        return harmonic_mean(*parts)
-
-    return float(max(np.linspace(0, 0.5, 101), key=h))
-
-
-def _best_steps(results: dict[str, Result]) -> dict[str, dict[str, int]]:
-    return {
-        method: {
-            setting: int(np.argmax(results[method][setting]["by_step"]))
-            for setting in ("czsl", "gzsl")
-            if setting in results[method]
-        }
-        for method, facts in METHODS.items()
-        if facts["transductive"]
-    }
 
 
 def _facts(data: ZSLData, recipe: Recipe, setup: Setup, checkpoint: Checkpoint | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vggenc.zsl.objective import Objective
 from vggenc.zsl.recipes import CLIP, Recipe
 
 LAST = "last.ckpt"
+LOSSES = ("loss", "attribute_loss", "latent_loss", "alignment_loss")
 History = list[dict[str, Any]]
 """A row an epoch: `epoch`, the mean losses, and what was evaluated after it."""
 
@@ -88,7 +89,9 @@ class Training(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.objective = Objective(torch.from_numpy(data.attributes[data.seen]), recipe.beta)
+        self.objective = Objective(
+            torch.from_numpy(data.attributes[data.seen]), recipe.beta, recipe.alignment
+        )
         self.history: History = []
         self._data, self._recipe, self._seed = data, recipe, seed
         self._grids, self._num_workers, self._watch = grids, num_workers, watch
@@ -110,7 +113,9 @@ class Training(lightning.LightningModule):
             dataset = GridBatches(self._grids, data.trainval, labels)
         else:
             preprocess = self.encoder.preprocess.at(self._recipe.image_size)
-            dataset = ImageBatches(data.images(data.trainval), labels, preprocess, seed=self._seed)
+            dataset = ImageBatches(
+                data.images(data.trainval), labels, preprocess, seed=self._seed, augment=self._recipe.augment
+            )
         workers = 0 if self._grids is not None else self._num_workers
         start = {"worker_init_fn": init_worker(), "persistent_workers": True} if workers else {}
         return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers, **start)  # type: ignore[arg-type]
@@ -121,20 +126,19 @@ class Training(lightning.LightningModule):
         groups = self.encoder.param_groups(
             backbone_lr=recipe.backbone_lr, fc_lr=recipe.fc_lr, head_lr=recipe.head_lr
         )
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(
+            groups, fused=True
+        )  # the plain one takes longer than the gradients on a CPU
         if recipe.decay_every is None:
             return optimizer
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_every)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
-    def on_train_epoch_start(self) -> None:
-        """Forget the random numbers of earlier epochs."""
-        torch.manual_seed(
-            np.random.SeedSequence([self._seed, self.current_epoch]).generate_state(1)[0].item()
-        )
-
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of a batch, over all processes."""
+        # Dropout is drawn by the batch's place, whatever else used random numbers before.
+        place = np.random.SeedSequence([self._seed, self.current_epoch, index, _rank()])
+        torch.manual_seed(int(place.generate_state(1)[0]))
         inputs, labels, failures = batch
         if failures:
             raise DataError(f"{failures[0]} (an image to train on)")
@@ -155,7 +159,7 @@ class Training(lightning.LightningModule):
         self._losses.clear()
         row = {
             "epoch": self.current_epoch,
-            **dict(zip(("loss", "attribute_loss", "latent_loss"), means, strict=True)),
+            **dict(zip(LOSSES, means, strict=True)),
         }
         if self._watch is not None:
             found = self._watch(self.current_epoch) if self.trainer.is_global_zero else {}
@@ -175,7 +179,7 @@ class Training(lightning.LightningModule):
 
 
 class _Keeper(Checkpoint):
-    """After each epoch and its evaluation: the history as a table, and a checkpoint, whole or the last one."""
+    """After each epoch and its evaluation: the history as a table; a checkpoint, whole or the last one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -252,7 +256,6 @@ def fit(
             gradient_clip_val=CLIP,
             callbacks=[_Keeper(folder), _Progress(title)],
             logger=TensorBoardLogger(folder, name="", version="tensorboard") if tensorboard else False,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

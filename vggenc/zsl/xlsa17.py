@@ -144,7 +144,7 @@ def _class_names(folder: Path, splits: dict[str, Any]) -> list[str]:
     file = folder / CLASSES
     if not file.is_file():
         raise UsageError(f"{file} is missing, and {ATTRIBUTES} has no allclasses_names")
-    return [line.split()[-1] for line in file.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _match(stored: list[str], images: Path) -> list[str]:
