@@ -436,3 +436,15 @@ def test_every_module_with_values_is_in_the_table(make_encoder):
     with_values = {name for name, module in make_encoder().named_children() if list(module.parameters())}
     assert with_values == set(OUTPUTS["attributes"])
     assert isinstance(make_encoder().tail_layer, nn.MaxPool2d)
+
+
+def test_layer_decay_slows_each_stage_down_and_nothing_else(make_encoder):
+    encoder = make_encoder(own=True)
+    groups = encoder.param_groups(backbone_lr=1.0, fc_lr=3.0, head_lr=2.0, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    found = {name.split(".")[0]: rates[id(p)] for name, p in encoder.named_parameters()}
+    stages = {"conv2_2": 0.125, "conv3_4": 0.25, "conv4_4": 0.5, "conv5_4": 1.0}
+    assert found == {**dict.fromkeys(found, 2.0), **stages, "fc_layers": 3.0, "fc4": 3.0}
+    for wrong in (0, 1.5):
+        with pytest.raises(UsageError, match="layer_decay must be above 0, up to 1"):
+            encoder.param_groups(backbone_lr=1, head_lr=1, layer_decay=wrong)

@@ -132,3 +132,11 @@ def test_attributes_are_no_weights_to_train_or_save():
     objective = Objective(torch.eye(2), 1.0)
     assert not list(objective.parameters())
     assert not objective.state_dict()
+
+
+def test_alignment_is_one_minus_the_mean_cosine_with_what_sets_the_own_class_apart():
+    classes = torch.tensor([[12.0, 50.0], [10.0, 50.0]])  # apart from their mean by (1, 0) and (-1, 0)
+    output = EncoderOutput(torch.tensor([[3.0, 4.0], [0.0, -1.0]]), torch.zeros(2, 2))
+    losses = Objective(classes, beta=0.0, alignment=10.0)(output, torch.tensor([0, 1]))
+    assert losses.alignment.item() == pytest.approx(1 - (0.6 - 0.0) / 2)
+    assert losses.total.item() == pytest.approx(10 * losses.alignment.item())

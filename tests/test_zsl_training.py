@@ -22,6 +22,7 @@ from vggenc.zsl.evaluation import METHODS
 from vggenc.zsl.training import LAST, Training, fit
 
 RECIPE = Recipe(epochs=2, backbone_lr=1e-4, fc_lr=1e-3, head_lr=1e-3, batch_size=32, image_size=32)
+GENTLE = replace(RECIPE, backbone_lr=1e-5, fc_lr=1e-5, head_lr=1e-5)  # at which rounding doesn't grow
 SETUP = Setup(weights="OXFORD_V1", device="cpu", num_workers=0)
 SMALL = Options(image_size=32, num_workers=0, allow_untrained=True)
 HEADS = ["--heads-only", "--weights", "OXFORD_V1", "--image-size", 32, "--device", "cpu"]
@@ -119,7 +120,7 @@ def test_a_stopped_training_goes_on_bit_by_bit(data, narrow, tmp_path):
 
 
 def test_cached_maps_train_as_the_images_do(data, narrow, tmp_path):
-    recipe = replace(RECIPE, freeze="conv5_4", augment=False)
+    recipe = replace(GENTLE, freeze="conv5_4", augment=False)
     cache_grids(fresh(data).encoder, data.images(np.arange(len(data.paths))), tmp_path / "grids", SMALL)
     cached = fit(fresh(data, recipe, grids=Grids(tmp_path / "grids")), tmp_path / "cached", epochs=2)
     direct = fit(fresh(data, recipe), tmp_path / "direct", epochs=2)
@@ -141,8 +142,8 @@ def test_rates_fall_to_a_tenth_after_the_epochs_of_the_recipe(data, narrow, tmp_
     module = fresh(data, replace(RECIPE, decay_every=1, freeze="conv5_4"))
     fit(module, tmp_path, epochs=2)
     saved = torch.load(tmp_path / LAST, weights_only=True)
-    rates = {group["lr"] for group in saved["optimizer_states"][0]["param_groups"]}
-    assert rates == {pytest.approx(1e-3 * 0.01)}
+    rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
+    assert rates == pytest.approx([1e-3 * 0.01] * 4)
 
 
 PROCESS = """
@@ -153,14 +154,14 @@ from conftest import narrow
 with pytest.MonkeyPatch.context() as patch:
     narrow.__wrapped__(patch)
     data = t.load_data(sys.argv[1])
-    module = t.fresh(data, t.replace(t.RECIPE, freeze="fc7"))
+    module = t.fresh(data, t.replace(t.GENTLE, freeze="fc7"))
     t.fit(module, t.Path(sys.argv[2]), epochs=2, devices=2)
 """
 
 
 def test_two_processes_train_as_one_does_with_the_same_batches(data, toy, narrow, tmp_path):
     """Under DDP with gloo; frozen `fc_layers`, since dropout differs from process to process."""
-    expected = fit(fresh(data, replace(RECIPE, freeze="fc7")), tmp_path / "one", epochs=2)
+    expected = fit(fresh(data, replace(GENTLE, freeze="fc7")), tmp_path / "one", epochs=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -180,7 +181,7 @@ def test_two_processes_train_as_one_does_with_the_same_batches(data, toy, narrow
             [float(row[name]) for name in ("loss", "attribute_loss", "latent_loss")]
             for row in csv.DictReader(stream)
         ]
-    np.testing.assert_allclose(rows, losses(expected), rtol=1e-3)
+    np.testing.assert_allclose(rows, losses(expected), rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class FineTuning(nn.Module):
         Args:
             backbone_lr: learning rate of the stages.
             head_lr: learning rate of the heads, which begin untrained.
-            fc_lr: learning rate of `fc_layers`; None: that of the stages.
+            fc_lr: learning rate of `fc_layers` and `fc4`; None: `backbone_lr` and `head_lr`.
             layer_decay: factor from each stage to the one before it; conv5_4 has `backbone_lr`. None: 1.
 
         Raises:
@@ -76,9 +76,12 @@ class FineTuning(nn.Module):
             raise UsageError(f"layer_decay must be above 0, up to 1; got {layer_decay!r}")
         rates = {name: backbone_lr * decay**i for i, name in enumerate(reversed(STAGE_NAMES))}
         rates["fc_layers"] = backbone_lr if fc_lr is None else fc_lr
+        in_backbone = tuple(rates)
+        if fc_lr is not None:
+            rates["fc4"] = fc_lr
         parts: dict[tuple[str, float], list[nn.Parameter]] = {}
         for name in MODULES:
-            part = "backbone" if name in rates else "head"
+            part = "backbone" if name in in_backbone else "head"
             own = parts.setdefault((part, rates.get(name, head_lr)), [])
             own += [p for p in getattr(self, name).parameters() if p.requires_grad]
         groups = []

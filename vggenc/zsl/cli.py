@@ -40,8 +40,7 @@ def _recipe(name: str | None, k: int, split: str, heads_only: bool) -> Recipe:
         name = PUBLISHED_BY_K.get(k, "awa2")
     if f"{name}-{split}" not in RECIPES:
         raise one_of("recipe", name, dict.fromkeys(key.split("-")[0] for key in RECIPES))
-    published = RECIPES[f"{name}-{split}"]
-    return replace(HEADS, beta=published.beta) if heads_only else published
+    return HEADS if heads_only else RECIPES[f"{name}-{split}"]
 
 
 @app.command("make-toy")

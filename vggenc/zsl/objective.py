@@ -29,14 +29,15 @@ class Objective(nn.Module):
     Args:
         attributes: `(seen classes, k)`, not normalised: the logits are their products with the predictions.
         beta: weight of the cross-entropy.
-        alignment: weight of 1 - cosine of the predicted attributes with those of the class. LFGAA has no such
-            term: cross-entropy over few classes leaves most directions of the attributes to chance, in which
-            unseen classes differ too.
+        alignment: weight of 1 - cosine of the predicted attributes with what sets the class's apart from the
+            mean of all classes. LFGAA has no such term: cross-entropy over few classes leaves most directions
+            of the attributes to chance, in which unseen classes differ too.
     """
 
     def __init__(self, attributes: Tensor, beta: float, alignment: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("attributes", attributes, persistent=False)
+        self.register_buffer("apart", attributes - attributes.mean(0), persistent=False)
         self.beta, self.alignment = beta, alignment
         distance = LpDistance(normalize_embeddings=False)
         self._miner = BatchHardMiner(distance=distance)
@@ -50,9 +51,10 @@ class Objective(nn.Module):
             labels: `(N,)`, rows of the seen classes.
         """
         assert isinstance(self.attributes, Tensor)
+        assert isinstance(self.apart, Tensor)
         attribute = F.cross_entropy(output.attributes.float() @ self.attributes.T, labels)
         latent = output.latent.float()
         triplet = self._triplet(latent, labels, self._miner(latent, labels))
-        alignment = 1 - F.cosine_similarity(output.attributes.float(), self.attributes[labels]).mean()
+        alignment = 1 - F.cosine_similarity(output.attributes.float(), self.apart[labels]).mean()
         total = triplet + self.beta * attribute + self.alignment * alignment
         return Losses(total, attribute, triplet, alignment)

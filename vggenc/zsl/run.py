@@ -19,9 +19,10 @@ from vggenc.encoder import VGG19Encoder
 from vggenc.errors import StoreError, UsageError
 from vggenc.options import Options
 from vggenc.store import differences, read_features
+from vggenc.zsl.balance import balance_stages, scale_stages
 from vggenc.zsl.batches import Grids, cache_grids
 from vggenc.zsl.data import ZSLData
-from vggenc.zsl.evaluation import Predictions, best_calibration, best_steps, evaluate, predict
+from vggenc.zsl.evaluation import Predictions, Result, best_calibration, best_steps, evaluate, predict
 from vggenc.zsl.recipes import Recipe
 from vggenc.zsl.training import LAST, History, Training, fit
 
@@ -69,7 +70,8 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
     """Train LFGAA on the seen classes of a split, and write the encoder to a folder; a stopped run goes on.
 
     First a third of the seen classes is held out (`ZSLData.hold_out`): after each epoch the rest's encoder is
-    evaluated on them, which chooses the number of epochs, the steps of self-adaptation and the calibration.
+    evaluated on them. The epoch with the best CZSL MCA, averaged over the ways of inference, decides how many
+    epochs there will be, and the steps of self-adaptation and the calibration are those that did best then.
     Then an encoder is trained for as many epochs on all seen classes. With `paper_selection` there is one
     training, evaluated on the unseen classes after each epoch, and the best of them is kept.
 
@@ -105,12 +107,14 @@ class _Run:
     ) -> None:
         self.folder, self.data, self.recipe, self.setup, self.facts = folder, data, recipe, setup, facts
         self.first = first
+        self.accelerator = "cuda" if setup.device != "cpu" and torch.cuda.is_available() else "cpu"
         self.options = Options(
             image_size=recipe.image_size,
             engine=setup.engine,
             num_workers=setup.num_workers,
             allow_untrained=True,
         )
+        self.scales: dict[str, int] | None = None
         self.grids = self._cached() if setup.heads_only else None
 
     def __call__(self) -> dict[str, Any]:
@@ -140,7 +144,7 @@ class _Run:
             predictions = self._predict(encoder, split)
             results = evaluate(split, predictions)
             return {
-                "mca": results["attributes"]["czsl"]["mca"],
+                "mca": float(np.mean([_best_mca(result) for result in results.values()])),
                 "calibration": best_calibration(split, predictions),
                 "results": results,
             }
@@ -162,7 +166,7 @@ class _Run:
 
         def watch(epoch: int) -> dict[str, Any]:
             results = evaluate(self.data, self._predict(encoder, self.data))
-            mca = max(max(r["czsl"].get("by_step", [r["czsl"]["mca"]])) for r in results.values())
+            mca = max(map(_best_mca, results.values()))
             so_far = max((row["mca"] for row in module.history), default=-1.0)
             if mca > so_far:
                 self._save(encoder)
@@ -181,6 +185,7 @@ class _Run:
         }
 
     def _encoder(self) -> VGG19Encoder:
+        """What each phase begins with, the same each time."""
         torch.manual_seed(self.setup.seed)
         backbone = None if self.setup.weights is not None else self.setup.backbone
         encoder = VGG19Encoder(
@@ -188,6 +193,11 @@ class _Run:
             backbone=backbone,
             weights=None if self.setup.weights is None else load(self.setup.weights, self.setup.backbone),
         )
+        encoder.to(self.accelerator)
+        if self.scales is None:
+            self.scales = balance_stages(encoder, self.data, self.options)
+        else:
+            scale_stages(encoder, self.scales)
         if self.recipe.freeze:
             encoder.freeze(self.recipe.freeze)
         return encoder
@@ -207,13 +217,12 @@ class _Run:
         )
 
     def _fit_module(self, module: Training, phase: str, epochs: int) -> History:
-        cuda = self.setup.device != "cpu" and torch.cuda.is_available()
         return fit(
             module,
             self.folder / phase,
             epochs=epochs,
             title=phase,
-            accelerator="cuda" if cuda else "cpu",
+            accelerator=self.accelerator,
             devices=self.setup.devices,
             precision={"fp32": "32-true", "bf16": "bf16-mixed"}[self.setup.precision],
             tensorboard=self.setup.tensorboard,
@@ -252,6 +261,12 @@ class _Run:
     def _write(self, selection: dict[str, Any]) -> None:
         if self.first:
             _write_json(self.folder / RUN, {**self.facts, "selection": selection})
+
+
+def _best_mca(result: Result) -> float:
+    """CZSL MCA of a way of inference, at its best step."""
+    czsl = result["czsl"]
+    return float(max(czsl.get("by_step", [czsl["mca"]])))
 
 
 def _facts(data: ZSLData, recipe: Recipe, setup: Setup, checkpoint: Checkpoint | None) -> dict[str, Any]:
