@@ -7,6 +7,8 @@ import pytest
 from conftest import PHOTOGRAPHS, ROOT, SHARED_DATA
 from PIL import Image
 
+from vggenc.zsl import make_toy
+
 SCRIPT = str(ROOT / "examples" / "compare_stages.py")
 TINY_IMAGENET = SHARED_DATA / "tiny-imagenet-val.parquet"
 
@@ -66,3 +68,17 @@ def test_peers_are_measured_on_the_same_values(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for name in ("torchvision create_feature_extractor", "timm forward_intermediates", "vggenc torch fp32"):
         assert re.search(rf"^{name} +\d", shown, re.MULTILINE)
+
+
+def test_ridge_baseline_tells_the_toy_set_s_classes_apart(monkeypatch, capsys, tmp_path):
+    make_toy(tmp_path / "toy", images=8)
+    script = str(ROOT / "examples" / "ridge_baseline.py")
+    options = ["--image-size", "64", "--engine", "torch"]
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "toy"), *options])
+    runpy.run_path(script, run_name="__main__")
+    shown = capsys.readouterr().out
+    mca, chance, seen, u, s, h = map(float, re.findall(r"\d+\.\d", shown))
+    assert chance == 20
+    assert mca > 30
+    assert seen > 50
+    assert h == pytest.approx(2 * u * s / (u + s), abs=0.1)

@@ -1,9 +1,11 @@
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
@@ -46,17 +48,29 @@ def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypa
     run(setup.splitlines()[0].split(" && ")[1], monkeypatch)
     for block in shell:
         for line in block.splitlines():
-            if not re.search("tiny-imagenet|benchmark|int8", line):  # of test_examples, test_benchmark, below
+            if not re.search("tiny-imagenet|awa2|benchmark|int8| zsl ", line):  # of other tests, or below
                 run(line, monkeypatch)
     names: dict[str, object] = {}
     python = blocks("python")
     assert len(python) >= 5
     for block in python:
         shown = io.StringIO()
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(shown), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")  # that there are few workers
             exec(block, names)
         said = re.findall(r"^print\(.*\)  # (.*)$|^# (\d.*)$", block, re.MULTILINE)
         assert shown.getvalue().splitlines() == [beside or below for beside, below in said]
+
+
+@pytest.mark.slow
+def test_zero_shot_lines_go_from_nothing_to_a_report_at_twice_chance(elsewhere, monkeypatch):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("vggenc zsl")]
+    for line in lines:
+        if "toy" in line:
+            run(line, monkeypatch)
+    report = json.loads((elsewhere / "toy-run" / "report.json").read_text())
+    assert report["results"]["attributes"]["czsl"]["mca"] >= 2 * report["chance"]
+    assert (elsewhere / "toy-mat" / "res101.mat").exists()
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA
+from PIL import Image
 from scipy.io import loadmat
 
 from vggenc import DataError, Options, StoreError, UsageError, VGG19Encoder, WeightsError
 from vggenc.zsl import Recipe, Setup, evaluate, load_data, make_report, make_toy, predict, train
+from vggenc.zsl.balance import balance_stages, scale_stages
 from vggenc.zsl.batches import ClassBalanced, Grids, ImageBatches, cache_grids
 from vggenc.zsl.evaluation import METHODS
 from vggenc.zsl.training import LAST, Training, fit
@@ -159,6 +161,7 @@ with pytest.MonkeyPatch.context() as patch:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_with_the_same_batches(data, toy, narrow, tmp_path):
     """Under DDP with gloo; frozen `fc_layers`, since dropout differs from process to process."""
     expected = fit(fresh(data, replace(GENTLE, freeze="fc7")), tmp_path / "one", epochs=2)
@@ -215,6 +218,7 @@ def test_a_run_chooses_on_seen_classes_and_ends_with_a_trained_encoder(data, nar
         train(data, tmp_path / "run", RECIPE, replace(SETUP, heads_only=True, seed=1))
 
 
+@pytest.mark.slow
 def test_the_published_way_of_choosing_is_named_in_the_report(data, narrow, tmp_path):
     recipe = replace(RECIPE, freeze="conv5_4")
     run = train(data, tmp_path / "run", recipe, replace(SETUP, heads_only=True, paper_selection=True))
@@ -224,6 +228,7 @@ def test_the_published_way_of_choosing_is_named_in_the_report(data, narrow, tmp_
     assert best == pytest.approx(run["selection"]["mca"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_encoder(toy, narrow, tmp_path):
     data = load_data(toy)
     setup = replace(SETUP, heads_only=True, cache=tmp_path / "grids")
@@ -443,3 +448,30 @@ def test_awa2_mini_in_a_shortened_form_beats_chance(tmp_path):
     results = make_report(tmp_path / "run", short)["results"]
     assert results["attributes"]["gzsl"]["seen"] > 0.4  # of nine
     assert max(result["czsl"]["mca"] for result in results.values()) > 0.36  # of three
+
+
+# The scale of the stages
+
+
+@torch.no_grad()
+def test_balanced_stages_are_the_same_maps_times_powers_of_two(data, narrow, oxford):
+    encoder = VGG19Encoder(data.k, weights="OXFORD_V1").eval()
+    exponents = balance_stages(encoder, data, SMALL)
+    images = torch.stack(
+        [oxford.preprocess.at(32)(Image.open(f)) for f in sorted(data.root.glob("*/000.png"))]
+    )
+    before, after = oxford.encode(images), encoder.encode(images)
+    for name, maps in after.items():
+        torch.testing.assert_close(maps, before[name] * 2.0 ** exponents[name], rtol=1e-5, atol=1e-6)
+    assert 0.1 < after["conv5_4"].square().mean().sqrt() < 1
+
+
+@torch.no_grad()
+def test_scaled_stages_leave_what_trained_fc_layers_give(make_encoder):
+    encoder = make_encoder(backbone="vgg19", own=True)
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder.encode(images, ["fc7"])["fc7"]
+    first = encoder.fc_layers[0].weight.clone()
+    scale_stages(encoder, {"conv2_2": -3, "conv3_4": 2, "conv4_4": 1, "conv5_4": -2})
+    torch.testing.assert_close(encoder.encode(images, ["fc7"])["fc7"], expected)
+    encoder.fc_layers[0].weight.copy_(first)  # shared with other tests

@@ -19,8 +19,9 @@ def balance_stages(encoder: VGG19Encoder, data: ZSLData, options: Options) -> di
     """Multiply the maps of each stage by a power of two, so that their root mean square is about `SCALE`.
 
     Without it the attention over attributes, a softmax of sums over the maps, begins with nearly all its
-    weight on one attribute. The weights take the factors up, which changes nothing of a map but its exponents;
-    what trained `fc_layers` give stays the same. Batch norm has scales of its own: `vgg19_bn` is left as it is.
+    weight on one attribute. The weights take the factors up, which changes nothing of a map but its
+    exponents; what trained `fc_layers` give stays the same. `vgg19_bn`, whose batch norm has scales of its
+    own, is left as it is.
 
     Args:
         encoder: changed in place.
