@@ -82,7 +82,7 @@ def _until_a_worker_dies(
             raise
     finally:
         del iterator  # ends the other workers
-        if quiet:
+        if quiet and threading.current_thread() is threading.main_thread():  # not in a collector elsewhere
             signal.signal(signal.SIGCHLD, before)
 
 

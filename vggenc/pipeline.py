@@ -5,8 +5,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -166,15 +167,15 @@ def extract(
         computed = sum(len(store.part_rows(part)) for part in missing)
         chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
-        with tqdm(
+        bar = tqdm(
             total=store.rows,
             initial=store.rows - computed,
             unit="img",
             ncols=shutil.get_terminal_size().columns,  # also where a terminal says that it has none
             disable=None if progress else True,
-        ) as bar:
+        )
+        with bar, closing(_compute(images, engine, chunks, options)) as batches:
             failed = 0
-            batches = _compute(images, engine, chunks, options)
             written: Future[None] | None = None
             for part in missing:
                 collected: list[FeatureBatch] = []
@@ -269,7 +270,7 @@ def _chunks(rows: range, size: int) -> list[range]:
 
 def _compute(
     images: ImageList, engine: Engine, chunks: Sequence[range], options: Options
-) -> Iterator[FeatureBatch]:
+) -> Generator[FeatureBatch, None, None]:
     dataset = ImageDataset(images, engine.preprocess, options)
     on_gpu = engine.device.type == "cuda"
     waiting: deque[tuple[list[Row], Callable[[], Arrays]]] = deque()

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
@@ -190,7 +191,12 @@ def _download(entry: Weights, file: Path) -> None:
     """
     digest = hashlib.sha256()
     request = Request(entry.url or "", headers={"User-Agent": "vggenc"})
-    with urlopen(request, timeout=STALLED) as response, file.open("wb") as stream:
+    try:
+        response = urlopen(request, timeout=STALLED)
+    except HTTPError as error:  # which holds the connection
+        error.close()
+        raise
+    with response, file.open("wb") as stream:
         size = int(response.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, desc=entry.file, disable=None) as bar:
             while block := response.read1(1 << 20):
