@@ -25,6 +25,7 @@ ROUNDS = 100
 
 
 def small_parts(pictures: Path, target: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # so that its children are the workers, no others
     options = Options(image_size=32, part_size=2, batch_size=2, num_workers=2)
     extract(pictures, VGG19Encoder(1, weights="OXFORD_V1"), ["conv2_2"], target, options=options)
 

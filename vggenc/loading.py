@@ -77,8 +77,9 @@ def _until_a_worker_dies(
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None
     try:
         yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        # The latter two where a worker dies while it hands over the memory of a batch.
+        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             raise
     finally:
         del iterator  # ends the other workers
