@@ -62,7 +62,7 @@ def xlsa(tmp_path, pictures):
     """Written by hand as Xian et al. publish it, with the paths of their machine."""
     folder = tmp_path / "xlsa17"
     (folder / "standard_split").mkdir(parents=True)
-    stored = [f"/BS/xian/work/data/Animals_with_Attributes2//JPEGImages/{path}" for path in ALL]
+    stored = [f"/elsewhere/Animals_with_Attributes2//JPEGImages/{path}" for path in ALL]
     labels = np.repeat(np.arange(8), 7)[:, None] + 1
     savemat(
         folder / "res101.mat",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -149,7 +150,7 @@ class Grids:
             for file in files
             for row in range(pq.read_metadata(file).num_rows)
         ]
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -162,7 +163,7 @@ class Grids:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
             for name, values in zip(STAGE_NAMES, found, strict=True):
-                values.append(self._open[file].get_slice(name)[at : at + 1])  # type: ignore[attr-defined]
+                values.append(self._open[file].get_slice(name)[at : at + 1])
         return [torch.cat(values).float() for values in found]
 
 

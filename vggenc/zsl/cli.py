@@ -114,9 +114,9 @@ def train_command(
     chosen = _recipe(recipe, found.k, split, heads_only)
     chosen = replace(
         chosen,
-        epochs=epochs or chosen.epochs,
-        batch_size=batch_size or chosen.batch_size,
-        image_size=image_size or chosen.image_size,
+        epochs=chosen.epochs if epochs is None else epochs,
+        batch_size=chosen.batch_size if batch_size is None else batch_size,
+        image_size=chosen.image_size if image_size is None else image_size,
     )
     setup = Setup(
         weights=None if weights == "random" else weights,

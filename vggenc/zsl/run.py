@@ -162,7 +162,6 @@ class _Run:
 
     def _train_as_published(self) -> dict[str, Any]:
         encoder = self._encoder()
-        best: dict[str, Any] = {}
 
         def watch(epoch: int) -> dict[str, Any]:
             results = evaluate(self.data, self._predict(encoder, self.data))

@@ -126,9 +126,8 @@ class Training(lightning.LightningModule):
         groups = self.encoder.param_groups(
             backbone_lr=recipe.backbone_lr, fc_lr=recipe.fc_lr, head_lr=recipe.head_lr
         )
-        optimizer = torch.optim.Adam(
-            groups, fused=True
-        )  # the plain one takes longer than the gradients on a CPU
+        # Unfused, a step takes longer than the gradients on a CPU.
+        optimizer = torch.optim.Adam(groups, fused=True)
         if recipe.decay_every is None:
             return optimizer
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_every)
@@ -157,10 +156,7 @@ class Training(lightning.LightningModule):
         """Write a row of the history."""
         means = torch.stack(self._losses).mean(0).tolist()
         self._losses.clear()
-        row = {
-            "epoch": self.current_epoch,
-            **dict(zip(LOSSES, means, strict=True)),
-        }
+        row = {"epoch": self.current_epoch, **dict(zip(LOSSES, means, strict=True))}
         if self._watch is not None:
             found = self._watch(self.current_epoch) if self.trainer.is_global_zero else {}
             row |= self.trainer.strategy.broadcast(found)
