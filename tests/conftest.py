@@ -15,6 +15,7 @@ from vggenc import VGG19Encoder
 from vggenc.checkpoint import Checkpoint
 from vggenc.cli import main
 from vggenc.weights import REGISTRY
+from vggenc.zsl import load_data, make_toy
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = ROOT / "examples" / "images"
@@ -154,3 +155,15 @@ def narrow(monkeypatch) -> None:
 
     monkeypatch.setattr(VGG19Encoder, "_build", build_narrow)
     monkeypatch.setattr("vggenc.engines.FC_WIDTH", 16)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zsl") / "toy"
+    make_toy(folder, images=8)
+    return folder
+
+
+@pytest.fixture
+def data(toy):
+    return load_data(toy)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -158,6 +159,28 @@ def test_interruption_leaves_whole_parts_and_says_how_to_go_on(folder, tmp_path,
     names = {file.name for file in (tmp_path / "f").iterdir()}
     assert all(re.fullmatch(r"part-\d{5}\.parquet|manifest\.json", name) for name in names)
     assert read_features(tmp_path / "f", partial=True).num_rows == 2 * (len(names) - 1)
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(vggenc, folder, tmp_path):
+    (folder / "a\x1b[2J\n.png").write_bytes(b"")
+    result = vggenc("extract", folder, "--output", tmp_path / "f", *FAST)
+    assert result.stderr.splitlines()[1] == r"  a\x1b[2J\n.png: empty file"
+
+
+def test_names_with_nul_in_a_list_are_failed_rows(vggenc, folder, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{folder}/1.png\n{folder}/a\0b.png\n")
+    result = vggenc("extract", f"@{tmp_path}/list.txt", "--output", tmp_path / "f", *FAST)
+    assert result.returncode == 3
+    assert read_features(tmp_path / "f")["status"].to_pylist() == ["ok", "failed"]
+
+
+@pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "2>&-", "1>&-"])
+def test_closed_standard_streams_change_nothing_on_disk(vggenc, tmp_path, closed):
+    vggenc("extract", PHOTOGRAPHS, "--output", tmp_path / "open", *FAST)
+    command = [sys.executable, "-m", "vggenc", "extract", PHOTOGRAPHS, "--output", tmp_path / "closed", *FAST]
+    result = subprocess.run(f"{shlex.join(map(str, command))} {closed}", shell=True, check=False)
+    assert result.returncode == 0
+    assert read_features(tmp_path / "closed").equals(read_features(tmp_path / "open"))
 
 
 class Terminal(io.StringIO):

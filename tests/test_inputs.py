@@ -76,3 +76,25 @@ def test_a_line_that_names_no_file_does_not_move_the_root(folder, tmp_path, monk
     (tmp_path / "list.txt").write_text(f"# chosen by hand\n{folder}/1.png\n{folder}/deep/0.png\n")
     found = find_images(f"@{tmp_path}/list.txt")
     assert found == ImageList(str(folder), ["../elsewhere/# chosen by hand", "1.png", "deep/0.png"])
+
+
+def test_a_folder_gives_files_whose_whole_name_is_a_suffix(tmp_path):
+    (tmp_path / ".png").write_bytes(b"")
+    (tmp_path / "png").write_bytes(b"")
+    assert find_images(tmp_path).paths == [".png"]
+
+
+def test_only_line_feeds_end_a_name_in_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_bytes(b"a\rb.png\r\nc\x0cd.png\n")
+    assert find_images("@list.txt").paths == ["a\rb.png", "c\x0cd.png"]
+
+
+def test_a_list_may_come_from_a_pipe_but_not_from_a_device(tmp_path):
+    read, write = os.pipe()
+    os.write(write, f"{tmp_path}/a.png\n".encode())
+    os.close(write)
+    assert find_images(f"@/dev/fd/{read}").paths == ["a.png"]
+    os.close(read)
+    with pytest.raises(UsageError, match="the list /dev/zero is a device"):
+        find_images("@/dev/zero")

@@ -1,11 +1,13 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from vggenc import StoreError, UsageError, read_features, store
 from vggenc.images import Row
+from vggenc.parts import map_files
 from vggenc.store import Store
 
 ROWS = [Row("a.png", "ok", None, 4, 5), Row("b.png", "failed", "empty file", None, None)]
@@ -131,7 +133,7 @@ def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
 def test_columns_that_cannot_be_meant_are_told(tmp_path):
     settings = {"outputs": {"conv2_2": [3], "conv5_4": [512, 2, 2]}}
     with new_store(tmp_path, rows=2, settings=settings) as it:
-        it.write(0, ROWS, VECTORS)
+        it.write(0, ROWS, VECTORS, {"conv5_4": np.zeros((2, 512, 2, 2), np.float32)})
     with pytest.raises(UsageError, match=r"such as \['conv2_2'\]"):
         read_features(tmp_path, "conv2_2")
     with pytest.raises(UsageError, match="whole maps of conv5_4, in its safetensors files"):
@@ -143,3 +145,78 @@ def test_files_of_a_run_have_the_mode_that_the_umask_gives(tmp_path):
         it.write(0, ROWS, VECTORS, {"map": np.zeros((2, 1, 1, 1), np.float32)})
     (tmp_path / "plain").touch()
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def fill(folder, **changes) -> None:
+    with new_store(folder, **changes) as it:
+        for part in it.missing():
+            it.write(part, ROWS, VECTORS)
+
+
+def test_parts_without_their_manifest_are_taken_over_only_to_be_replaced(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=r"lost its manifest\.json"), new_store(tmp_path):
+        pass
+    with new_store(tmp_path, overwrite=True) as it:
+        assert it.missing() == [0, 1]
+
+
+def test_a_damaged_manifest_is_replaced_on_request(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="--overwrite"), new_store(tmp_path):
+        pass
+    fill(tmp_path, overwrite=True)
+    assert read_features(tmp_path).num_rows == 4
+
+
+def copied_in_the_run(folder):
+    shutil.copy(folder / "part-00000.parquet", folder / "part-00001.parquet")
+
+
+def copied_from_another_run(folder):
+    fill(folder / "other", settings={"pool": "max"})
+    shutil.move(folder / "other" / "part-00001.parquet", folder / "part-00001.parquet")
+    shutil.rmtree(folder / "other")
+
+
+def one_too_many(folder):
+    shutil.copy(folder / "part-00000.parquet", folder / "part-00002.parquet")
+
+
+def a_changed_byte(folder):
+    file = folder / "part-00001.parquet"
+    content = bytearray(file.read_bytes())
+    at = content.index(b"empty file")
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def a_folder(folder):
+    (folder / "part-00001.parquet").unlink()
+    (folder / "part-00001.parquet").mkdir()
+
+
+@pytest.mark.parametrize(
+    "harm", [copied_in_the_run, copied_from_another_run, one_too_many, a_changed_byte, a_folder]
+)
+def test_parts_that_are_not_what_their_names_say_are_told_with_the_way_out(tmp_path, harm):
+    fill(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(StoreError, match=r"part-0000[12]\.parquet .*; remove it, and the command"):
+        read_features(tmp_path)
+
+
+def test_maps_of_another_part_are_told(tmp_path):
+    settings = {"outputs": {"conv2_2": [3], "conv5_4": [1, 1, 1]}}
+    with new_store(tmp_path, settings=settings) as it:
+        for part in it.missing():
+            it.write(part, ROWS, VECTORS, {"conv5_4": np.full((2, 1, 1, 1), part, np.float32)})
+    assert map_files(tmp_path) == [(tmp_path / f"part-0000{i}.safetensors", 2) for i in (0, 1)]
+    shutil.copy(tmp_path / "part-00000.safetensors", tmp_path / "part-00001.safetensors")
+    with pytest.raises(StoreError, match="isn't part 1 of the run"), new_store(tmp_path, settings=settings):
+        pass
+    (tmp_path / "part-00001.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"part-00001\.safetensors is missing"):
+        map_files(tmp_path)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from vggenc.export import export_network as export_network
     from vggenc.init import weight_init as weight_init
     from vggenc.options import Options as Options
+    from vggenc.parts import read_features as read_features
     from vggenc.pipeline import FeatureBatch as FeatureBatch
     from vggenc.pipeline import Summary as Summary
     from vggenc.pipeline import extract as extract
     from vggenc.pipeline import iter_features as iter_features
-    from vggenc.store import read_features as read_features
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _names, __getattr__ = names_on_demand(
         "init": ["weight_init"],
         "options": ["Options"],
         "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],
-        "store": ["read_features"],
+        "parts": ["read_features"],
     },
 )
 __all__ = [*_names, "__version__"]

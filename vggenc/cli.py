@@ -1,5 +1,6 @@
 """The command line: arguments, one call, an exit code."""
 
+import os
 import shlex
 import signal
 import sys
@@ -8,8 +9,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from vggenc import __version__, tools
-from vggenc.console import K_WITHOUT_HEADS, Backbone, Json, Outputs, Weights, print_facts, split_outputs
+from vggenc import __version__, tools, viewers
+from vggenc.console import (
+    FAILED_IMAGES,
+    K_WITHOUT_HEADS,
+    UNFINISHED,
+    USAGE,
+    Backbone,
+    Device,
+    Json,
+    Outputs,
+    Weights,
+    print_facts,
+    printable,
+    split_outputs,
+)
 from vggenc.errors import UsageError, VggencError
 from vggenc.inputs import find_images
 from vggenc.options import (
@@ -25,7 +39,6 @@ from vggenc.zsl.cli import app as zsl_app
 
 # torch is imported inside the commands, so that help comes at once.
 
-FAILED_IMAGES, USAGE, UNFINISHED = 3, 2, 1
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="VGG19 multi-level image features."
 )
@@ -38,10 +51,11 @@ app.add_typer(zsl_app, name="zsl")
 
 def main() -> None:
     """Run the command line; errors of this package become one line and an exit code."""
+    _open_streams()
     try:
         app(prog_name="vggenc")
     except VggencError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
         sys.exit(USAGE if isinstance(error, UsageError) else UNFINISHED)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):  # PyTorch's own kind
@@ -52,6 +66,14 @@ def main() -> None:
     except OSError as error:  # such as a full disk behind standard output
         typer.echo(f"error: {error}", err=True)
         sys.exit(UNFINISHED)
+
+
+def _open_streams() -> None:
+    """Put the null device where the caller closed a standard stream; else a file of ours gets its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    os.close(number)
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,9 +114,7 @@ def extract_command(
     num_workers: Annotated[
         int | None, typer.Option(help="Decoding processes; 0: decode in this one.", show_default="cores - 1")
     ] = Options.num_workers,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
-    ] = "auto",
+    device: Device = "auto",
     engine: Annotated[
         str, typer.Option(help=f"What computes: {', '.join(ENGINE_NAMES)} (the fastest installed).")
     ] = Options.engine,
@@ -171,26 +191,29 @@ def extract_command(
         "precision": summary.precision,
         "folder": summary.folder,
     }
-    print_facts(facts, as_json)
     if summary.failed:
         typer.echo(f"{summary.failed} of {summary.images} images failed:", err=True)
         for path, reason in summary.failures:
-            typer.echo(f"  {path}: {reason}", err=True)
+            typer.echo(f"  {printable(path)}: {printable(reason)}", err=True)
         if summary.failed > len(summary.failures):
             typer.echo("  ... (all of them: rows with status 'failed')", err=True)
+    print_facts(facts, as_json)
+    if summary.failed:
         raise typer.Exit(FAILED_IMAGES)
 
 
 app.command("info")(tools.info)
 app.command("export")(tools.export)
 app.command("benchmark")(tools.benchmark)
+app.command("show")(viewers.show)
+app.command("similar")(viewers.similar)
 weights_app.command("list")(tools.weights_list)
 weights_app.command("fetch")(tools.weights_fetch)
 weights_app.command("verify")(tools.weights_verify)
 
 
 def _rows_kept(folder: Path) -> int:
-    from vggenc.store import read_features
+    from vggenc.parts import read_features
 
     try:
         return int(read_features(folder, ["path"], partial=True).num_rows)

@@ -1,11 +1,15 @@
 """What the commands share: options of the same meaning, and how results are printed."""
 
+import importlib.util
 import json
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vggenc.errors import UsageError
 from vggenc.options import check_outputs
 from vggenc.stages import BACKBONES, OUTPUTS, STAGE_NAMES
 
@@ -23,6 +27,9 @@ Outputs = Annotated[
         show_default=",".join(STAGE_NAMES),
     ),
 ]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+FAILED_IMAGES, USAGE, UNFINISHED = 3, 2, 1
+"""Exit codes besides 0."""
 K_WITHOUT_HEADS = 85
 """Attributes of an encoder whose weights hold no heads; no output that is trained depends on it."""
 
@@ -34,6 +41,32 @@ def split_outputs(given: list[str] | None) -> tuple[str, ...]:
         UsageError: an unknown one.
     """
     return check_outputs(STAGE_NAMES if given is None else re.findall(r"[^,\s]+", ",".join(given)))
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which names of files may hold, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_writable(file: Path) -> None:
+    """See that a file can be written before the work that it is to hold begins.
+
+    Raises:
+        UsageError: a folder, or a file in one that isn't there or can't be written.
+    """
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UsageError(f"{file} can't be written: it must be a file in a folder that is there")
+
+
+def check_viz() -> None:
+    """See that the extra `viz` is there.
+
+    Raises:
+        UsageError: it isn't.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        raise UsageError("pictures need their extra: pip install 'vggenc[viz]'")
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:

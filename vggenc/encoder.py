@@ -227,9 +227,14 @@ class VGG19Encoder(FineTuning, Saved):
 
     def _attention(self, i: int, x: Tensor, latent: Tensor) -> Tensor:
         """Stage i's share of each attribute, `(N, k)`, summing to 1 over the attributes."""
+        scores = getattr(self, f"fc{i}")(self.evidence(i, x) + latent.unsqueeze(2))
+        return F.softmax(scores.squeeze(2), dim=1)
+
+    def evidence(self, i: int, x: Tensor) -> Tensor:
+        """Stage i's evidence for each attribute in each cell of the grid, `(N, k, 196)`, from its map."""
         x = F.adaptive_max_pool2d(x, GRID) if i == len(STAGES) - 1 else x
-        evidence = getattr(self, f"extract_{i}")(x).flatten(2)
-        return F.softmax(getattr(self, f"fc{i}")(evidence + latent.unsqueeze(2)).squeeze(2), dim=1)
+        found: Tensor = getattr(self, f"extract_{i}")(x).flatten(2)
+        return found
 
     def forward_intermediates(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
+from vggenc.endings import ends_early
 from vggenc.errors import ImageError
 from vggenc.inputs import FORMATS, ImageList
 from vggenc.options import MAX_PIXELS, Options
@@ -87,9 +88,12 @@ def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: 
                     least = size[0] * size[1] // 64 // 8
                     if image.format in ("JPEG", "MPO") and os.fstat(stream.fileno()).st_size < least:
                         raise ImageError(f"too few bytes for {size[0]}x{size[1]} pixels")
-                    if enough is not None:
-                        image.draft(None, (enough, enough))
+                    draft = None if enough is None else (enough, enough)
+                    if draft:
+                        image.draft(None, draft)
                     image.load()
+                    if ends_early(image, stream, draft):
+                        raise ImageError("the picture data ends early")
                     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
                     pixels = to_rgb(image)
                     if turn is None:

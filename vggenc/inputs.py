@@ -84,10 +84,12 @@ def _expand(name: str) -> Iterator[str]:
         yield name
     elif name.startswith("@"):
         try:
-            lines = Path(name[1:]).read_text("utf-8-sig", errors="surrogateescape").split("\n")
+            if Path(name[1:]).is_char_device():
+                raise UsageError(f"the list {name[1:]} is a device")
+            text = Path(name[1:]).read_bytes().decode("utf-8-sig", "surrogateescape")
         except OSError as error:
             raise UsageError(f"the list {name[1:]} can't be read: {error.strerror}") from error
-        yield from (line for line in lines if line.strip())
+        yield from (line.removesuffix("\r") for line in text.split("\n") if line.strip())
     elif matches := sorted(glob.glob(name, recursive=True)):
         for match in matches:
             yield from _expand(match)
@@ -109,5 +111,5 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     for entry in entries:
         if os.path.isdir(entry.path):
             yield from _walk(entry.path, above | {identity})
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+        elif entry.name.lower().endswith(tuple(SUFFIXES)):
             yield entry.path

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,7 +16,6 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from vggenc.checkpoint import state_sha256
 from vggenc.encoder import VGG19Encoder
@@ -27,8 +25,10 @@ from vggenc.images import ImageDataset, Row
 from vggenc.inputs import ImageList, Inputs, find_images
 from vggenc.loading import load_batches
 from vggenc.options import Options, check_outputs
+from vggenc.parts import read_features
+from vggenc.progress import progress_bar
 from vggenc.stages import OUTPUTS, STAGE_NAMES
-from vggenc.store import CALIBRATED, Store, read_features
+from vggenc.store import CALIBRATED, Store
 from vggenc.trunks import CALIBRATION_IMAGES
 
 _VALUE_PACKAGES = ("vggenc", "torchvision", "pillow")
@@ -85,6 +85,7 @@ def iter_features(
     outputs: Iterable[str] = STAGE_NAMES,
     *,
     options: Options | None = None,
+    progress: bool = False,
 ) -> Iterator[FeatureBatch]:
     """Compute features batch by batch, without a folder on disk.
 
@@ -93,6 +94,7 @@ def iter_features(
         encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
         outputs: names, as for `VGG19Encoder.encode`.
         options: how; None: the defaults of `Options`.
+        progress: show a bar on standard error where that is a terminal.
 
     Yields:
         `options.batch_size` rows at a time, in input order.
@@ -104,7 +106,9 @@ def iter_features(
     engine = _engine(encoder, outputs, options)
     images = find_images(inputs)
     _prepare(engine, images, options)
-    return _compute(images, engine, _chunks(range(len(images.paths)), options.batch_size), options)
+    rows = range(len(images.paths))
+    batches = _compute(images, engine, _chunks(rows, options.batch_size), options)
+    return _shown(batches, len(rows), progress=progress)
 
 
 def extract(
@@ -167,23 +171,13 @@ def extract(
         computed = sum(len(store.part_rows(part)) for part in missing)
         chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
-        bar = tqdm(
-            total=store.rows,
-            initial=store.rows - computed,
-            unit="img",
-            ncols=shutil.get_terminal_size().columns,  # also where a terminal says that it has none
-            disable=None if progress else True,
-        )
-        with bar, closing(_compute(images, engine, chunks, options)) as batches:
-            failed = 0
+        bare = _compute(images, engine, chunks, options)
+        with closing(_shown(bare, store.rows, store.rows - computed, progress=progress)) as batches:
             written: Future[None] | None = None
             for part in missing:
                 collected: list[FeatureBatch] = []
                 while sum(len(batch.rows) for batch in collected) < len(store.part_rows(part)):
                     collected.append(next(batches))
-                    failed += sum(row.status != "ok" for row in collected[-1].rows)
-                    bar.set_postfix(failed=failed, refresh=False)
-                    bar.update(len(collected[-1].rows))
                     if written and written.done():  # a full disk shows now
                         written.result()
                 if written:
@@ -217,12 +211,10 @@ def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> 
 def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[str, Any]:
     """All that decides the values of a row."""
     used = engine.settings()
-    modules = {module for name in engine.shapes for module in OUTPUTS[name]}
-    behind = {key: v for key, v in encoder.state_dict().items() if key.split(".")[0] in modules}
     return {
         "weights": encoder.weights_name,
         "weights_sha256": encoder.weights_sha256,
-        "parameters_sha256": state_sha256(behind),
+        "parameters_sha256": parameters_sha256(encoder, engine.shapes),
         "backbone": encoder.backbone,
         "outputs": engine.shapes,
         "pool": options.pool,
@@ -233,6 +225,12 @@ def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[s
         **used,
         "versions": {**{name: version(name) for name in _VALUE_PACKAGES}, **used["versions"]},
     }
+
+
+def parameters_sha256(encoder: VGG19Encoder, outputs: Iterable[str]) -> str:
+    """A hash of the values behind some outputs."""
+    modules = {module for name in outputs for module in OUTPUTS[name]}
+    return state_sha256({k: v for k, v in encoder.state_dict().items() if k.split(".")[0] in modules})
 
 
 def _prepare(
@@ -258,7 +256,7 @@ def _fingerprint(images: ImageList) -> str:
     for index, path in enumerate(images.paths):
         try:
             size = os.stat(images.file(index)).st_size
-        except OSError:
+        except (OSError, ValueError):  # such as a NUL in a name from a list
             size = -1
         digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -280,6 +278,19 @@ def _compute(
             yield _batch(engine, *waiting.popleft())
     while waiting:
         yield _batch(engine, *waiting.popleft())
+
+
+def _shown(
+    batches: Generator[FeatureBatch, None, None], total: int, done: int = 0, *, progress: bool
+) -> Generator[FeatureBatch, None, None]:
+    """The batches, with a bar that tells rows and failures."""
+    failed = 0
+    with progress_bar(total, shown=progress, initial=done) as bar, closing(batches):
+        for batch in batches:
+            failed += sum(row.status != "ok" for row in batch.rows)
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(len(batch.rows))
+            yield batch
 
 
 def _pixels(batch: Tensor | NDArray[np.uint8]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The features folder: parts that are whole or absent, a manifest that tells what they are, reading back."""
+"""Writing a features folder: parts that are whole or absent, a manifest that tells what they are."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from typing_extensions import Self
 
-from vggenc.errors import StoreError, UsageError, one_of
+from vggenc.errors import StoreError, UsageError
 from vggenc.images import Row
+from vggenc.parts import FORMAT, MANIFEST, STAMP, check_parts, part_file, read_manifest, stamp
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-"""Of the folder; a reader refuses a later one."""
 CALIBRATED = "calibrated.xml"
 """Of the engine openvino in int8: the model that the parts were computed with; its values are in a `.bin`."""
 _OURS = re.compile(r"part-\d{5,}\.(parquet|safetensors)|calibrated\.(xml|bin)|manifest\.json|\.vggenc-.*")
@@ -53,7 +51,8 @@ class Store:
 
     Raises:
         UsageError: on entering, a folder with other files or other settings.
-        StoreError: on entering, a folder that another process writes or that can't be written.
+        StoreError: on entering, a folder that another process writes, that can't be written, or with a part
+            that is damaged or of another run.
     """
 
     def __init__(
@@ -127,26 +126,33 @@ class Store:
         self._lock.release()
 
     def _open(self) -> None:
-        found = _read_manifest(self.folder)
-        foreign = [file.name for file in self.folder.iterdir() if not _OURS.fullmatch(file.name)]
-        if found is None and foreign:
+        names = {file.name for file in self.folder.iterdir()}
+        foreign = [name for name in names if not _OURS.fullmatch(name)]
+        if foreign and MANIFEST not in names:
             raise UsageError(
                 f"{self.folder} holds other files, such as {min(foreign)}; name an empty or new folder"
             )
-        if found is not None and self.overwrite:
+        if self.overwrite:
             # The manifest goes last, so that a kill in between leaves a folder that is still known as ours.
-            for file in sorted(self.folder.iterdir(), reverse=True):
-                if _OURS.fullmatch(file.name) and file.name not in (MANIFEST, ".vggenc-lock"):
-                    file.unlink()
-            found = None
-        if found is None:
-            text = json.dumps(self._manifest, indent=2) + "\n"
-            self._write(MANIFEST, lambda file: file.write_text(text))
-        elif changed := differences({**found, "root": self._manifest["root"]}, self._manifest):
+            for name in sorted(names - {MANIFEST, *foreign}, reverse=True):
+                if name != ".vggenc-lock":
+                    (self.folder / name).unlink()
+        elif MANIFEST in names:
+            found = read_manifest(self.folder)
+            if changed := differences({**found, "root": self._manifest["root"]}, self._manifest):
+                raise UsageError(
+                    f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
+                    "Name another folder, or replace that run with --overwrite (overwrite=True)."
+                )
+            check_parts(self.folder, found)
+            return
+        elif parts := sorted(name for name in names if not name.startswith(".vggenc-")):
             raise UsageError(
-                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
-                "Name another folder, or replace that run with --overwrite (overwrite=True)."
+                f"{self.folder} has lost its {MANIFEST}, which says what {parts[0]} is; put it back, name "
+                "another folder, or replace that run with --overwrite (overwrite=True)"
             )
+        text = json.dumps(self._manifest, indent=2) + "\n"
+        self._write(MANIFEST, lambda file: file.write_text(text))
 
     def parts(self) -> int:
         """How many parts the whole run has."""
@@ -154,7 +160,7 @@ class Store:
 
     def missing(self) -> list[int]:
         """The numbers of the parts that aren't there yet."""
-        return [part for part in range(self.parts()) if not _part_file(self.folder, part).exists()]
+        return [part for part in range(self.parts()) if not part_file(self.folder, part).exists()]
 
     def part_rows(self, part: int) -> range:
         """The rows of a part."""
@@ -186,11 +192,16 @@ class Store:
         for field in list(self._schema)[len(_ROW_FIELDS) :]:
             values = pa.array(np.ascontiguousarray(vectors[field.name]).reshape(-1))
             arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type, mask=pa.array(failed)))
-        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        says = {STAMP: stamp(self._manifest, part)}
+        table = pa.Table.from_arrays(arrays, schema=self._schema.with_metadata(says))
         if maps:  # first, since the table's name is what makes the part count
-            self._write(_part_file(self.folder, part, "safetensors").name, lambda file: save_file(maps, file))
+            self._write(
+                part_file(self.folder, part, "safetensors").name,
+                lambda file: save_file(maps, file, metadata=says),
+            )
         self._write(
-            _part_file(self.folder, part).name, lambda file: pq.write_table(table, file, compression="zstd")
+            part_file(self.folder, part).name,
+            lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True),
         )
 
     def _write(self, name: str, write: Any) -> None:
@@ -205,71 +216,6 @@ class Store:
         except Exception as error:  # each writer has its own errors for a full disk
             partial.unlink(missing_ok=True)
             raise StoreError(f"{self.folder / name} can't be written: {error}") from error
-
-
-def read_features(
-    folder: str | os.PathLike[str], columns: Iterable[str] | None = None, *, partial: bool = False
-) -> pa.Table:
-    """Read what `vggenc extract` wrote.
-
-    Args:
-        folder: the features folder.
-        columns: names to read; None: all.
-        partial: read the parts there are, even if the run isn't finished.
-
-    Returns:
-        One row an input file, in input order: `path`, `status`, `error`, `width`, `height` and a fixed-size
-        list for each output, null where `status` is `failed`. The manifest stands in the schema's metadata.
-
-    Raises:
-        UsageError: no such folder, or no such column.
-        StoreError: the run isn't finished, or a part is damaged.
-    """
-    if isinstance(columns, str):
-        raise UsageError(f"columns must be a list of names, such as [{columns!r}]; got a string")
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        raise UsageError(f"{folder} is no features folder: it has no {MANIFEST}")
-    count = -(-manifest["rows"] // manifest["part_size"])
-    files = [file for part in range(count) if (file := _part_file(folder, part)).exists()]
-    if len(files) < count and not partial:
-        raise StoreError(
-            f"{folder} has {len(files)} of {count} parts; finish it with the command that began it, or read "
-            "what is there with partial=True"
-        )
-    if not files:
-        raise StoreError(f"{folder} has no finished part yet")
-    names = None if columns is None else list(columns)
-    try:
-        there = pq.read_schema(files[0]).names
-        for name in names or ():
-            if name in manifest["settings"].get("outputs", {}) and name not in there:
-                raise UsageError(
-                    f"{folder} holds whole maps of {name}, in its safetensors files, not in the table"
-                )
-            if name not in there:
-                raise one_of("a column", name, there)
-        table = pa.concat_tables([pq.read_table(file, columns=names) for file in files])
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{folder} can't be read: {error}") from error
-    return table.replace_schema_metadata({"vggenc": json.dumps(manifest)})
-
-
-def _part_file(folder: Path, part: int, suffix: str = "parquet") -> Path:
-    return folder / f"part-{part:05d}.{suffix}"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            raise StoreError(f"{folder} was written by a later version of vggenc")
-        return dict(manifest)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder / MANIFEST} can't be read as a manifest: {error}") from error
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:

@@ -1,6 +1,5 @@
 """The commands around extraction: info, weights, export, benchmark."""
 
-import importlib.util
 import json
 import platform
 from pathlib import Path
@@ -14,11 +13,12 @@ from vggenc.console import (
     Json,
     Outputs,
     Weights,
+    check_viz,
+    check_writable,
     print_facts,
     print_table,
     split_outputs,
 )
-from vggenc.errors import UsageError
 from vggenc.inputs import find_images
 from vggenc.options import DEFAULT_WEIGHTS, MIN_SIZE, POOLS
 from vggenc.stages import STAGES
@@ -141,6 +141,7 @@ def export(
 ) -> None:
     """Write the network as a file for other runtimes, and check what it computes against the encoder."""
     names = split_outputs(outputs)
+    check_writable(file)
     from vggenc.checkpoint import load
     from vggenc.encoder import VGG19Encoder
     from vggenc.export import export_network
@@ -171,6 +172,9 @@ def benchmark(
     images: Annotated[int, typer.Option(help="Images in a round.", min=1)] = 8,
     image_size: Annotated[int, typer.Option(help="Side of the square seen.", min=MIN_SIZE)] = 224,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    engine: Annotated[
+        str | None, typer.Option(help="Measure this one alone.", show_default="all that are installed")
+    ] = None,
     end_to_end: Annotated[
         bool, typer.Option(help="Also run extract from JPEG files of 0.2 and 12 megapixels.")
     ] = True,
@@ -178,8 +182,9 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Measure every engine and precision that is installed against a plain PyTorch loop, on this machine."""
-    if plot and not importlib.util.find_spec("matplotlib"):
-        raise UsageError("--plot needs its extra: pip install 'vggenc[viz]'")
+    if plot:
+        check_viz()
+        check_writable(plot)
     files = find_images(inputs) if inputs else None
     from vggenc.benchmark import draw, measure
 
@@ -191,7 +196,9 @@ def benchmark(
         images=images,
         image_size=image_size,
         device=device,
+        engine=engine,
         end_to_end=end_to_end,
+        progress=True,
     )
     if plot:
         draw(report, plot)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from pytorch_metric_learning.samplers import MPerClassSampler
@@ -21,6 +20,7 @@ from vggenc.errors import DataError, ImageError, UsageError
 from vggenc.images import Preprocess, read
 from vggenc.inputs import ImageList
 from vggenc.options import Options
+from vggenc.parts import map_files
 from vggenc.pipeline import extract
 from vggenc.stages import GRID, STAGE_NAMES, STAGES
 from vggenc.zsl.recipes import PER_CLASS
@@ -118,7 +118,19 @@ class ImageBatches(Dataset[Batch]):
         return (torch.empty(0) if failures else torch.stack(squares)), labels, failures
 
 
-def cache_grids(encoder: VGG19Encoder, images: ImageList, folder: Path, options: Options) -> None:
+def check_grid(options: Options) -> None:
+    """See that the heads' grid is all that they see of maps at an image size.
+
+    Raises:
+        UsageError: a larger one.
+    """
+    if (options.image_size or 224) // STAGES[-1].reduction > GRID:
+        raise UsageError(f"cached maps work for an image_size below 240; got {options.image_size}")
+
+
+def cache_grids(
+    encoder: VGG19Encoder, images: ImageList, folder: Path, options: Options, *, overwrite: bool = False
+) -> None:
     """Compute what the heads see of some images, as a features folder.
 
     Args:
@@ -126,15 +138,15 @@ def cache_grids(encoder: VGG19Encoder, images: ImageList, folder: Path, options:
         images: the files.
         folder: where; what an earlier call left there is gone on with.
         options: `image_size`, `engine` and `num_workers` are used.
+        overwrite: replace what is there.
 
     Raises:
-        UsageError: an image size at which the heads see more than the grid.
+        UsageError: as of `check_grid`, or a folder with maps of other images or settings.
         DataError: an image that can't be read.
     """
-    if (options.image_size or 224) // STAGES[-1].reduction > GRID:
-        raise UsageError(f"cached maps work for an image_size below 240; got {options.image_size}")
+    check_grid(options)
     given = replace(options, pool="grid", allow_untrained=True)
-    summary = extract(images, encoder, STAGE_NAMES, folder, options=given, progress=True)
+    summary = extract(images, encoder, STAGE_NAMES, folder, options=given, overwrite=overwrite, progress=True)
     if summary.failed:
         path, reason = summary.failures[0]
         raise DataError(f"{images.root}/{path} can't be used: {reason}")
@@ -144,12 +156,7 @@ class Grids:
     """The maps of a features folder that `cache_grids` wrote, by row."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("part-*.parquet"))
-        self._places = [
-            (file.with_suffix(".safetensors"), row)
-            for file in files
-            for row in range(pq.read_metadata(file).num_rows)
-        ]
+        self._places = [(file, row) for file, rows in map_files(folder) for row in range(rows)]
         self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:

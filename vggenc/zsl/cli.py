@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vggenc.console import Backbone, Json, print_facts, print_table
+from vggenc.console import Backbone, Device, Json, check_writable, print_facts, print_table
 from vggenc.errors import UsageError, one_of
 from vggenc.options import DEFAULT_WEIGHTS, ENGINE_NAMES
 from vggenc.zsl.recipes import HEADS, PUBLISHED_BY_K, RECIPES, Recipe
@@ -23,7 +24,6 @@ _NEEDS = ("lightning", "pytorch_metric_learning", "torchmetrics", "sklearn", "sc
 Data = Annotated[Path, typer.Argument(help="A data set: folders as AwA2 comes, or xlsa17's files.")]
 Split = Annotated[str, typer.Option(help="ps: proposed, ss: standard.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images.", show_default="in the data set")]
-Device = Annotated[str, typer.Option(help="cpu, cuda; auto: a GPU if there is one.")]
 Workers = Annotated[int | None, typer.Option(help="Decoding processes.", show_default="cores - 1")]
 
 
@@ -46,8 +46,8 @@ def _recipe(name: str | None, k: int, split: str, heads_only: bool) -> Recipe:
 @app.command("make-toy")
 def make_toy_command(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    images: Annotated[int, typer.Option(help="Pictures a class.")] = 40,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+    images: Annotated[int, typer.Option(help="Pictures a class, 4 or more.")] = 40,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.", min=0)] = 0,
 ) -> None:
     """Draw a small data set of coloured shapes, in AwA2's layout."""
     from vggenc.zsl.toy import SEEN, UNSEEN, make_toy
@@ -76,11 +76,15 @@ def train_command(
     ] = DEFAULT_WEIGHTS,
     backbone: Backbone = None,
     epochs: Annotated[int | None, typer.Option(help="At most.", show_default="the recipe's")] = None,
-    batch_size: Annotated[int | None, typer.Option(show_default="the recipe's")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in a step, a multiple of 4.", show_default="the recipe's")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the square seen.", show_default="224")
     ] = None,
-    seed: int = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the heads' values, batches and the classes held out.", min=0)
+    ] = 0,
     paper_selection: Annotated[
         bool,
         typer.Option("--paper-selection", help="Choose epoch and step on the TEST classes, as published."),
@@ -101,8 +105,6 @@ def train_command(
 ) -> None:
     """Train LFGAA on the seen classes; epoch and steps are chosen on seen classes that are held out."""
     _check_extra()
-    if precision not in ("fp32", "bf16"):
-        raise one_of("precision", precision, ("fp32", "bf16"))
     if tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     from vggenc.zsl.data import load_data
@@ -138,6 +140,7 @@ def train_command(
     facts = {
         "folder": str(output),
         "split": f"{split} {settings['data']['sha256'][:16]}",
+        "images": "{} to train on, {} seen and {} unseen to test on".format(*settings["data"]["images"]),
         "frozen": f"up to {settings['recipe']['freeze']}" if settings["recipe"]["freeze"] else "nothing",
         "epochs": selection["epochs"],
         "chosen on": selection["on"],
@@ -158,7 +161,10 @@ def evaluate_command(
         str, typer.Option(help="Calibrated stacking for GZSL: a number, or auto for what validation chose.")
     ] = "0",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file to write.", show_default="report.json in the run's folder")
+        Path | None,
+        typer.Option(
+            help="JSON file to write, replaced if it exists.", show_default="report.json in the run's folder"
+        ),
     ] = None,
     device: Device = "auto",
     engine: Annotated[str, typer.Option(help=f"What computes: {', '.join(ENGINE_NAMES)}.")] = "torch",
@@ -170,18 +176,25 @@ def evaluate_command(
     from vggenc.engines import pick_device
     from vggenc.options import Options
     from vggenc.zsl.data import load_data
-    from vggenc.zsl.report import REPORT, make_report, notes, table, write_report
+    from vggenc.zsl.report import REPORT, make_report, notes, table
+    from vggenc.zsl.run import write_json
 
     try:
         value = None if calibration == "auto" else float(calibration)
     except ValueError:
-        raise UsageError(f"--calibration must be a number or auto; got {calibration!r}") from None
-    found = load_data(data, split, images=images)
-    options = Options(engine=engine, image_size=image_size, num_workers=num_workers)
-    report = make_report(run, found, calibration=value, options=options, device=pick_device(device))
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"--calibration must be a number or auto; got {calibration!r}")
     file = output or (run / REPORT if run.is_dir() else None)
     if file:
-        write_report(report, file)
+        check_writable(file)
+    found = load_data(data, split, images=images)
+    options = Options(engine=engine, image_size=image_size, num_workers=num_workers)
+    report = make_report(
+        run, found, calibration=value, options=options, device=pick_device(device), progress=True
+    )
+    if file:
+        write_json(file, report)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -196,12 +209,14 @@ def evaluate_command(
 def export_features_command(
     run: Annotated[Path, typer.Argument(help="A folder of train or save_pretrained, or a file of weights.")],
     data: Data,
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; its .mat files are replaced.")],
     format: Annotated[str, typer.Option(help="xlsa17.")] = "xlsa17",
     outputs: Annotated[str, typer.Option(help="Features, separated by commas; several are joined.")] = "fc7",
     split: Split = "ps",
     images: Images = None,
-    image_size: Annotated[int | None, typer.Option(show_default="the run's, else 224")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the square seen.", show_default="the run's, else 224")
+    ] = None,
     device: Device = "auto",
     engine: Annotated[str, typer.Option(help=f"What computes: {', '.join(ENGINE_NAMES)}.")] = "torch",
     num_workers: Workers = None,
@@ -219,6 +234,12 @@ def export_features_command(
     found = load_data(data, split, images=images)
     options = Options(engine=engine, image_size=image_size, num_workers=num_workers)
     shape = export_features(
-        run, found, output, split_outputs([outputs]), options=options, device=pick_device(device)
+        run,
+        found,
+        output,
+        split_outputs([outputs]),
+        options=options,
+        device=pick_device(device),
+        progress=True,
     )
     typer.echo(f"{shape[1]} features of {shape[0]} images in {output}")

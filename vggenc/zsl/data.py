@@ -177,28 +177,30 @@ def assemble(
 
     Raises:
         DataError: an image twice or in a class that its list doesn't take, a class in both sets, without
-            attributes or without training images.
+            attributes or without training images, no test image of an unseen class.
     """
     seen, unseen = list(seen), list(unseen)
     if both := sorted(set(seen) & set(unseen)):
-        raise DataError(f"{source}: {some(both)} is both seen and unseen")
+        raise DataError(f"{source}: both seen and unseen: {some(both)}")
     attributes = np.maximum(attributes, 0).astype(np.float32)
     if odd := _rows_where(classes, ~np.isfinite(attributes)):
-        raise DataError(f"{source}: the attributes of {some(odd)} hold NaN or infinity")
+        raise DataError(f"{source}: NaN or infinity in the attributes of {some(odd)}")
     if empty := _rows_where(classes, ~attributes.any(1, keepdims=True)):
-        raise DataError(f"{source}: {some(empty)} has no attributes: its row is 0 or missing (-1) throughout")
+        raise DataError(f"{source}: no attributes (0 or -1 throughout) for {some(empty)}")
     paths = [path for part in LISTS for path in chosen.get(part, [])]
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
-        raise DataError(f"{source}: {some(twice)} is listed twice")
+        raise DataError(f"{source}: listed twice: {some(twice)}")
     rows = {name: i for i, name in enumerate(classes)}
     for part in LISTS:
         allowed = set(unseen if part == "test_unseen" else seen)
         wrong = [path for path in chosen.get(part, []) if class_of(path) not in allowed]
         if wrong:
             kind = "unseen" if part == "test_unseen" else "seen"
-            raise DataError(f"{source}: {part} lists {some(wrong)}, whose class is not among the {kind} ones")
+            raise DataError(f"{source}: {part} lists images of classes that aren't {kind}: {some(wrong)}")
     if idle := sorted(set(seen) - {class_of(path) for path in chosen["trainval"]}):
-        raise DataError(f"{source}: the seen class {some(idle)} has no image to train on")
+        raise DataError(f"{source}: no image to train on for {some(idle)}")
+    if not chosen["test_unseen"]:
+        raise DataError(f"{source}: no test image of an unseen class")
     ends = np.cumsum([0, *(len(chosen.get(part, [])) for part in LISTS)])
     parts = [np.arange(a, b) for a, b in itertools.pairwise(ends.tolist())]
     index = {path: i for i, path in enumerate(paths)}

@@ -47,6 +47,7 @@ def predict(
     *,
     grids: Grids | None = None,
     options: Options | None = None,
+    progress: bool = False,
 ) -> Predictions:
     """Predict attributes and latent vectors, in evaluation mode; the encoder's own mode stays as it is.
 
@@ -56,15 +57,21 @@ def predict(
         which: images, as rows of `data.paths`.
         grids: cached maps of all images of `data`, in order; None: the images are read.
         options: how images are read and computed.
+        progress: show a bar on standard error where that is a terminal, while images are read.
 
     Raises:
-        DataError: images that can't be read; the message names the first.
+        DataError: images that can't be read, or NaN in a prediction; the message names the first.
     """
     found = [np.full((len(data.paths), encoder.k), np.nan, np.float32) for _ in range(2)]
-    chunks = _from_grids(encoder, which, grids) if grids else _from_files(encoder, data, which, options)
+    if grids:
+        chunks = _from_grids(encoder, which, grids)
+    else:
+        chunks = _from_files(encoder, data, which, options, progress=progress)
     done = 0
     for values in chunks:
         rows = which[done : done + len(values[0])]
+        if bad := [row for row, *each in zip(rows, *values, strict=True) if not np.isfinite(each).all()]:
+            raise DataError(f"{data.root / data.paths[bad[0]]}: NaN or infinity in what the encoder predicts")
         for all_values, part in zip(found, values, strict=True):
             all_values[rows] = part
         done += len(rows)
@@ -72,9 +79,10 @@ def predict(
 
 
 def _from_files(
-    encoder: VGG19Encoder, data: ZSLData, which: Indices, options: Options | None
+    encoder: VGG19Encoder, data: ZSLData, which: Indices, options: Options | None, *, progress: bool
 ) -> Iterator[list[NDArray[np.floating]]]:
-    for batch in iter_features(data.images(which), encoder, ["attributes", "latent"], options=options):
+    names = ["attributes", "latent"]
+    for batch in iter_features(data.images(which), encoder, names, options=options, progress=progress):
         if bad := [row for row in batch.rows if row.status != "ok"]:
             raise DataError(f"{data.root / bad[0].path} can't be used: {bad[0].error}")
         yield list(batch.features.values())

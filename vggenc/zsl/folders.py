@@ -76,7 +76,7 @@ def _read_classes(file: Path) -> list[str]:
             )
     names = [name for _, name in fields]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{file} names {some(twice)} twice")
+        raise DataError(f"{file} names twice: {some(twice)}")
     return names
 
 
@@ -86,6 +86,8 @@ def _read_matrix(file: Path) -> NDArray[np.float64]:
         rows = [[float(cell) for cell in line.split()] for line in lines]
     except ValueError as error:
         raise DataError(f"{file} holds something other than numbers: {error}") from error
+    if not rows:
+        raise DataError(f"{file} is empty")
     if len({len(row) for row in rows}) != 1:
         raise DataError(f"{file} has rows of different lengths: {sorted({len(row) for row in rows})}")
     return np.array(rows)
@@ -93,9 +95,9 @@ def _read_matrix(file: Path) -> NDArray[np.float64]:
 
 def _known(names: list[str], classes: Sequence[str], file: Path) -> list[str]:
     if unknown := sorted(set(names) - set(classes)):
-        raise DataError(f"{file} names {some(unknown)}, which has no attributes: classes.txt doesn't list it")
+        raise DataError(f"{file} names classes that classes.txt doesn't list: {some(unknown)}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{file} names {some(twice)} twice")
+        raise DataError(f"{file} names twice: {some(twice)}")
     return names
 
 

@@ -48,8 +48,15 @@ class Recipe:
             raise UsageError(f"epochs must be 1 to 10000; got {self.epochs}")
         if self.batch_size < PER_CLASS or self.batch_size % PER_CLASS:
             raise UsageError(f"batch_size must be a multiple of {PER_CLASS}; got {self.batch_size}")
+        if self.decay_every is not None and self.decay_every < 1:
+            raise UsageError(f"decay_every must be 1 or more; got {self.decay_every}")
         if not min(self.backbone_lr, self.fc_lr, self.head_lr, self.beta, self.alignment) >= 0:
             raise UsageError("learning rates, beta and alignment must be 0 or more")
+
+    @property
+    def last_fall(self) -> int:
+        """Epochs before the last fall of the rates; 0 where they never fall."""
+        return (self.epochs - 1) // self.decay_every * self.decay_every if self.decay_every else 0
 
 
 def _published(lr: float = 1e-5, **others: float) -> Recipe:

@@ -1,7 +1,6 @@
 """What an evaluation came to: for machines, as a table, and as curves."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -33,6 +32,7 @@ def make_report(
     calibration: float | None = 0.0,
     options: Options | None = None,
     device: Any = "cpu",
+    progress: bool = False,
 ) -> Report:
     """Evaluate a training run, or any trained encoder, on a split.
 
@@ -42,6 +42,7 @@ def make_report(
         calibration: as for `evaluate`; None: what the run chose on its validation classes.
         options: how images are read and computed; `image_size` is the run's own.
         device: where the encoder runs.
+        progress: show a bar on standard error where that is a terminal, if images are read.
 
     Returns:
         `data`, `run` (its settings), `selection`, `calibration`, `chance`, `left_out` (classes without test
@@ -67,6 +68,7 @@ def make_report(
         which,
         grids=Grids(grids) if about.get("grids") and grids.is_dir() else None,
         options=_options(about, options or Options()),
+        progress=progress,
     )
     selection = about.get("selection") or {}
     if calibration is None:
@@ -140,6 +142,7 @@ def export_features(
     *,
     options: Options,
     device: Any = "cpu",
+    progress: bool = False,
 ) -> tuple[int, int]:
     """Write features of all images, and the split, in xlsa17's layout.
 
@@ -150,6 +153,7 @@ def export_features(
         outputs: names, as for `VGG19Encoder.encode`; their vectors are joined.
         options: as for `make_report`.
         device: likewise.
+        progress: likewise.
 
     Returns:
         Numbers of images and of features.
@@ -161,7 +165,8 @@ def export_features(
     encoder, about = _load(Path(run), device)
     everything = data.images(np.arange(len(data.paths)))
     values = []
-    for batch in iter_features(everything, encoder, outputs, options=_options(about, options)):
+    how = _options(about, options)
+    for batch in iter_features(everything, encoder, outputs, options=how, progress=progress):
         if bad := [row for row in batch.rows if row.status != "ok"]:
             raise DataError(f"{data.root / bad[0].path} can't be used: {bad[0].error}")
         values.append(
@@ -175,8 +180,12 @@ def export_features(
 def _load(run: Path, device: Any) -> tuple[VGG19Encoder, dict[str, Any]]:
     """The encoder of a run or of any weights, and what the run was told."""
     about = read_run(run) if (run / RUN).is_file() else {}
-    if about and not (run / SAFETENSORS_SINGLE_FILE).exists():
-        raise UsageError(f"{run} isn't finished; the command that began it goes on")
+    if run.is_dir() and not (run / SAFETENSORS_SINGLE_FILE).exists():
+        raise UsageError(
+            f"{run} isn't finished; the command that began it goes on"
+            if about
+            else f"{run} is neither a run of 'vggenc zsl train' nor a folder of save_pretrained"
+        )
     checkpoint = load(run)
     return VGG19Encoder(checkpoint.k or 1, weights=checkpoint).to(device), about
 
@@ -185,12 +194,6 @@ def _options(about: dict[str, Any], options: Options) -> Options:
     """Some options at the image size that a run was trained with."""
     size = about.get("settings", {}).get("recipe", {}).get("image_size") or options.image_size
     return replace(options, image_size=size)
-
-
-def write_report(report: Report, file: Path) -> None:
-    """Write a report as JSON; NaN, of a split without images, as null."""
-    text = json.dumps(report, indent=2).replace("NaN", "null")
-    file.write_text(text + "\n")
 
 
 def draw_curves(run: Path, file: Path) -> None:

@@ -16,11 +16,13 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
 from vggenc.checkpoint import Checkpoint, load
 from vggenc.encoder import VGG19Encoder
-from vggenc.errors import StoreError, UsageError
+from vggenc.engines import pick, pick_device
+from vggenc.errors import StoreError, UsageError, one_of
 from vggenc.options import Options
-from vggenc.store import differences, read_features
+from vggenc.parts import read_features
+from vggenc.store import differences
 from vggenc.zsl.balance import balance_stages, scale_stages
-from vggenc.zsl.batches import Grids, cache_grids
+from vggenc.zsl.batches import Grids, cache_grids, check_grid
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.evaluation import Predictions, Result, best_calibration, best_steps, evaluate, predict
 from vggenc.zsl.recipes import Recipe
@@ -29,6 +31,8 @@ from vggenc.zsl.training import LAST, History, Training, fit
 RUN = "run.json"
 FORMAT = 1
 GRIDS = "grids"
+_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+"""And Lightning's names for them."""
 _PATIENCE = 3600
 """Seconds that other processes wait for the first one's cached maps."""
 
@@ -40,16 +44,19 @@ class Setup:
     Attributes:
         weights: as for `VGG19Encoder`; None for random values, a control.
         backbone: likewise.
-        seed: of the heads' values, batches, crops and dropout, and of the classes held out.
+        seed: of the heads' values, batches, crops and dropout, and of the classes held out; 0 or more.
         heads_only: train the heads on maps that are computed once; also `fc_layers` that the weights lack.
         paper_selection: choose epoch and step on the unseen classes' test images, as the published code does.
-        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
         devices: how many; more than one train with DDP.
         precision: `fp32` or `bf16` (mixed).
         engine: what computes the cached maps, as in `Options`.
         num_workers: processes that read images; None: one less than there are cores.
         cache: folder of the cached maps, for runs of the same data, weights and size; None: the run's.
         tensorboard: also log for TensorBoard.
+
+    Raises:
+        UsageError: a seed, a number of devices or a precision that can't be meant.
     """
 
     weights: str | None
@@ -65,21 +72,30 @@ class Setup:
     cache: str | os.PathLike[str] | None = None
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be 0 to {2**32 - 1}; got {self.seed}")
+        if self.devices < 1:
+            raise UsageError(f"devices must be 1 or more; got {self.devices}")
+        if self.precision not in _PRECISIONS:
+            raise one_of("precision", self.precision, _PRECISIONS)
+
 
 def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: Setup) -> dict[str, Any]:
     """Train LFGAA on the seen classes of a split, and write the encoder to a folder; a stopped run goes on.
 
     First a third of the seen classes is held out (`ZSLData.hold_out`): after each epoch the rest's encoder is
-    evaluated on them. The epoch with the best CZSL MCA, averaged over the ways of inference, decides how many
-    epochs there will be, and the steps of self-adaptation and the calibration are those that did best then.
-    Then an encoder is trained for as many epochs on all seen classes. With `paper_selection` there is one
-    training, evaluated on the unseen classes after each epoch, and the best of them is kept.
+    evaluated on them. Of the epochs after the last fall of the learning rates the one with the best CZSL MCA,
+    averaged over the ways of inference, decides how many epochs there will be, and the steps of
+    self-adaptation and the calibration are those that did best then. Then an encoder is trained for as many
+    epochs on all seen classes. With `paper_selection` there is one training, evaluated on the unseen classes
+    after each epoch, and the best of them is kept.
 
     Returns:
         What `run.json` in the folder holds; `selection` among it.
 
     Raises:
-        UsageError: a folder with other files, or a run with other settings.
+        UsageError: a folder with other files, a run with other settings, a device or engine that isn't here.
         DataError: an image that can't be read, or too few seen classes to hold some out.
         StoreError: a folder that another process writes, or that can't be written.
     """
@@ -89,12 +105,24 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
         has_fc = checkpoint is not None and "fc_layers" in checkpoint.trained
         recipe = replace(recipe, freeze="fc7" if has_fc else "conv5_4")
     facts = _facts(data, recipe, setup, checkpoint)
+    device = pick_device(setup.device)
+    options = Options(
+        image_size=recipe.image_size,
+        engine=setup.engine,
+        num_workers=setup.num_workers,
+        allow_untrained=True,
+    )
+    if setup.heads_only:
+        pick(options, device)
+        check_grid(options)
+    if not setup.paper_selection:
+        data.hold_out(setup.seed)  # what can't be held out is told before anything is written
     first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
     lock = FileLock(folder / ".vggenc-lock", timeout=0)
     if first:
         _open(folder, facts, lock)
     try:
-        return _Run(folder, data, recipe, setup, facts, first)()
+        return _Run(folder, data, recipe, setup, facts, first, device, options)()
     finally:
         if first:
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -103,17 +131,18 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
 
 class _Run:
     def __init__(
-        self, folder: Path, data: ZSLData, recipe: Recipe, setup: Setup, facts: dict[str, Any], first: bool
+        self,
+        folder: Path,
+        data: ZSLData,
+        recipe: Recipe,
+        setup: Setup,
+        facts: dict[str, Any],
+        first: bool,
+        device: torch.device,
+        options: Options,
     ) -> None:
         self.folder, self.data, self.recipe, self.setup, self.facts = folder, data, recipe, setup, facts
-        self.first = first
-        self.accelerator = "cuda" if setup.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self.options = Options(
-            image_size=recipe.image_size,
-            engine=setup.engine,
-            num_workers=setup.num_workers,
-            allow_untrained=True,
-        )
+        self.first, self.device, self.options = first, device, options
         self.scales: dict[str, int] | None = None
         self.grids = self._cached() if setup.heads_only else None
 
@@ -127,7 +156,8 @@ class _Run:
             self._fit(encoder, self.data, "training", selection["epochs"])
             self._save(encoder)
         if self.first:
-            for file in self.folder.glob(f"*/{LAST}"):  # gigabytes that nobody needs any more
+            # Gigabytes that nobody needs any more, and what a kill left.
+            for file in [*self.folder.glob(f"*/{LAST}"), *self.folder.glob(f".{SAFETENSORS_SINGLE_FILE}.*")]:
                 file.unlink()
         return {**self.facts, "selection": selection}
 
@@ -150,7 +180,9 @@ class _Run:
             }
 
         history = self._fit(encoder, split, "selection", self.recipe.epochs, watch)
-        best = max(history, key=lambda row: float(row["mca"]))
+        # Before the last fall of the rates an epoch's accuracy is mostly noise, and so would be the choice.
+        settled = [row for row in history if row["epoch"] >= self.recipe.last_fall]
+        best = max(settled, key=lambda row: float(row["mca"]))
         return {
             "on": "seen classes held out for validation",
             "classes": [split.classes[i] for i in split.unseen],
@@ -192,7 +224,7 @@ class _Run:
             backbone=backbone,
             weights=None if self.setup.weights is None else load(self.setup.weights, self.setup.backbone),
         )
-        encoder.to(self.accelerator)
+        encoder.to(self.device)
         if self.scales is None:
             self.scales = balance_stages(encoder, self.data, self.options)
         else:
@@ -221,9 +253,9 @@ class _Run:
             self.folder / phase,
             epochs=epochs,
             title=phase,
-            accelerator=self.accelerator,
+            device=self.device,
             devices=self.setup.devices,
-            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[self.setup.precision],
+            precision=_PRECISIONS[self.setup.precision],
             tensorboard=self.setup.tensorboard,
         )
 
@@ -245,7 +277,13 @@ class _Run:
         folder = Path(self.setup.cache) if self.setup.cache else self.folder / GRIDS
         if self.first:
             everything = self.data.images(np.arange(len(self.data.paths)))
-            cache_grids(self._encoder(), everything, folder, self.options)
+            try:
+                cache_grids(self._encoder(), everything, folder, self.options)
+            except UsageError as error:
+                if self.setup.cache:
+                    raise UsageError(f"{folder} can't be the cache of this run: {error}") from error
+                # From before an image was mended, or with another engine; they are this run's alone.
+                cache_grids(self._encoder(), everything, folder, self.options, overwrite=True)
         begun = time.monotonic()
         while not self.first:
             try:
@@ -259,7 +297,7 @@ class _Run:
 
     def _write(self, selection: dict[str, Any]) -> None:
         if self.first:
-            _write_json(self.folder / RUN, {**self.facts, "selection": selection})
+            write_json(self.folder / RUN, {**self.facts, "selection": selection})
 
 
 def _best_mca(result: Result) -> float:
@@ -303,7 +341,7 @@ def _open(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
         raise StoreError(f"{folder} is being written by another process") from None
     except OSError as error:
         raise StoreError(f"{folder} can't be written: {error.strerror or error}") from error
-    names = {file.name for file in folder.iterdir()} - {".vggenc-lock"}
+    names = {file.name for file in folder.iterdir()} - {".vggenc-lock", f".{RUN}"}
     try:
         if (folder / RUN).exists():
             found = differences(read_run(folder)["settings"], facts["settings"])
@@ -314,7 +352,7 @@ def _open(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
         elif names:
             raise UsageError(f"{folder} holds other files, such as {min(names)}; name an empty or new folder")
         else:
-            _write_json(folder / RUN, {**facts, "selection": None})
+            write_json(folder / RUN, {**facts, "selection": None})
     except BaseException:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -331,15 +369,20 @@ def read_run(folder: Path) -> dict[str, Any]:
         run = json.loads((folder / RUN).read_text())
         if run["format"] > FORMAT:
             raise StoreError(f"{folder} was written by a later version of vggenc")
-        return dict(run)
+        return {name: run[name] for name in ("format", "settings", "grids", "selection")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{folder / RUN} can't be read as a run: {error}") from error
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that appears under its name only when it is whole.
+
+    Raises:
+        StoreError: it can't be written.
+    """
     partial = file.with_name(f".{file.name}")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         partial.replace(file)
     except OSError as error:
         raise StoreError(f"{file} can't be written: {error}") from error

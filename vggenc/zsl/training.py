@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vggenc.encoder import EncoderOutput, VGG19Encoder
-from vggenc.errors import DataError
+from vggenc.errors import DataError, VggencError
 from vggenc.loading import init_worker
+from vggenc.progress import progress_bar
 from vggenc.zsl.batches import Batch, ClassBalanced, GridBatches, Grids, ImageBatches
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.objective import Objective
@@ -156,6 +156,10 @@ class Training(lightning.LightningModule):
         """Write a row of the history."""
         means = torch.stack(self._losses).mean(0).tolist()
         self._losses.clear()
+        if not np.isfinite(means).all():
+            raise VggencError(
+                f"the losses of epoch {self.current_epoch + 1} are NaN or infinite; lower rates may help"
+            )
         row = {"epoch": self.current_epoch, **dict(zip(LOSSES, means, strict=True))}
         if self._watch is not None:
             found = self._watch(self.current_epoch) if self.trainer.is_global_zero else {}
@@ -196,11 +200,11 @@ class _Progress(Callback):
         self._title = title
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
-        self._bar = tqdm(
-            total=int(trainer.num_training_batches),
-            desc=f"{self._title}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-            disable=None if trainer.is_global_zero else True,
+        self._bar = progress_bar(
+            int(trainer.num_training_batches),
+            shown=trainer.is_global_zero,
             unit="batch",
+            desc=f"{self._title}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
         )
 
     def on_train_batch_end(self, _: lightning.Trainer, module: lightning.LightningModule, *__: Any) -> None:
@@ -219,7 +223,7 @@ def fit(
     *,
     epochs: int,
     title: str = "training",
-    accelerator: str = "cpu",
+    device: torch.device | None = None,
     devices: int = 1,
     precision: str = "32-true",
     tensorboard: bool = False,
@@ -231,21 +235,23 @@ def fit(
         folder: of this phase: `last.ckpt`, `history.csv`.
         epochs: in all.
         title: of the progress bar.
-        accelerator: Lightning's name for the kind of device.
+        device: where; None: the CPU.
         devices: how many; more than one train with DDP.
         precision: Lightning's name for it.
         tensorboard: also log for TensorBoard.
 
     Raises:
         DataError: an image that can't be read.
+        VggencError: losses that become NaN or infinite.
     """
+    device = device or torch.device("cpu")
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
         trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=devices,
+            accelerator=device.type,
+            devices=devices if device.index is None or devices > 1 else [device.index],
             strategy="ddp" if devices > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
             max_epochs=epochs,
@@ -255,7 +261,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            sync_batchnorm=devices > 1 and accelerator != "cpu",
+            sync_batchnorm=devices > 1 and device.type != "cpu",
             log_every_n_steps=10,
         )
         last = folder / LAST
