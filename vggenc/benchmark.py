@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from vggenc.engines import pick_device
 from vggenc.errors import ImageError, UsageError
 from vggenc.images import decode
 from vggenc.inputs import ImageList
-from vggenc.options import Options
+from vggenc.options import ENGINE_NAMES, Options
 from vggenc.pipeline import Summary, extract
+from vggenc.progress import progress_bar
 from vggenc.stages import STAGE_NAMES
 
 MOST_PICTURES = 24
@@ -39,7 +41,9 @@ def measure(
     images: int = 8,
     image_size: int = 224,
     device: str = "cpu",
+    engine: str | None = None,
     end_to_end: bool = True,
+    progress: bool = False,
 ) -> Report:
     """Let all contenders run in turns, and report medians.
 
@@ -51,7 +55,9 @@ def measure(
         images: images in a turn.
         image_size: side of the square seen.
         device: where the plain loop and the engine torch run.
+        engine: measure this one alone, beside the plain loop; None: all that are installed.
         end_to_end: also measure `extract` from JPEG files.
+        progress: show a bar on standard error where that is a terminal.
 
     Returns:
         `machine` (facts and measured peaks, in GFLOP/s), and rows as dictionaries: `engines` (images/s, ratio
@@ -61,7 +67,7 @@ def measure(
         in turns with what they are compared to).
 
     Raises:
-        UsageError: no readable picture, a device that isn't there.
+        UsageError: no readable picture, a device or an engine that isn't there.
         WeightsError: weights that can't be had.
     """
     where = pick_device(device)
@@ -72,23 +78,28 @@ def measure(
         pixels = torch.stack([preprocess.square(picture) for picture in pictures])
         torch.save(pixels, f"{scratch}/pixels.pt")
         job = Job(weights, checkpoint.backbone, image_size, images, device, scratch)
-        many = contenders(where)
+        many = [each for each in contenders(where) if engine in (None, each.engine) or each.engine == PLAIN]
+        if len(many) < 2:
+            raise UsageError(f"the engine {engine!r} can't run here; one of {', '.join(ENGINE_NAMES[:-1])}")
         depth = [
             Contender(f"up to {name}", "torch", "fp32", STAGE_NAMES[: i + 1])
             for i, name in enumerate(STAGE_NAMES)
         ]
-        with running([*many, *depth], job) as ask:
+        turns = _WARM + rounds + (len(many) * (1 + rounds) if end_to_end else 0)
+        bar = progress_bar(turns, shown=progress, unit="turn")
+        with bar, running([*many, *depth], job) as ask:
             times: dict[str, list[float]] = {each.name: [] for each in (*many, *depth)}
             for turn in range(_WARM + rounds):
                 for name, seconds in times.items():
                     took = ask(name, "run")
                     if turn >= _WARM:
                         seconds.append(took)
+                bar.update()
             speed = {name: images / statistics.median(seconds) for name, seconds in times.items()}
             values = {each.name: ask(each.name, "values") for each in many}
             memory = {each.name: ask(each.name, "memory") for each in many}
-            work = ask("torch fp32", "flops")
-            runs = _whole_runs(pictures, many, speed, job, rounds, ask) if end_to_end else []
+            work = ask(depth[-1].name, "flops")
+            runs = _whole_runs(pictures, many, speed, job, rounds, ask, bar) if end_to_end else []
         peaks = peak(where, [each.precision for each in many])
         engines = []
         for each in many:
@@ -174,6 +185,7 @@ def _whole_runs(
     job: Job,
     rounds: int,
     ask: Callable[[str, str], Any],
+    bar: Any,
 ) -> list[dict[str, Any]]:
     """Runs of `extract` from JPEG files, in turns with what they are compared to: images/s, and the ratio."""
     encoder = VGG19Encoder(1, backbone=job.backbone, weights=job.weights).to(job.device)
@@ -189,22 +201,30 @@ def _whole_runs(
         return _WholeRun(encoder, ImageList(str(folder), names), target, options)
 
     def compare(each: Contender, run: _WholeRun, other: Callable[[], float]) -> tuple[float, float, float]:
-        """The first part's seconds, and medians of images/s of a run and of the other."""
+        """The first part's seconds, and medians of a run's images/s and of its ratio to the other.
+
+        The other runs before and after each run, so that a machine that slows down slows both.
+        """
         first = run().first_part or 0
-        pairs = [(run().images_per_second or 0, other()) for _ in range(rounds)]
-        mine, others = (statistics.median(values) for values in zip(*pairs, strict=True))
-        return first, mine, others
+        bar.update()
+        mine, others = [], [other()]
+        for _ in range(rounds):
+            mine.append(run().images_per_second or 0)
+            others.append(other())
+            bar.update()
+        ratios = [one / statistics.mean(pair) for one, pair in zip(mine, pairwise(others), strict=True)]
+        return first, statistics.median(mine), statistics.median(ratios)
 
     def row(
         size: tuple[int, int], each: Contender, run: _WholeRun, found: Sequence[float], to: str
     ) -> dict[str, Any]:
-        first, mine, others = found
+        first, mine, ratio = found
         return {
             "from": "{}x{} JPEG".format(*size),
             "engine": each.name,
             "images": len(run.images.paths),
             "images/s": round(mine, 2),
-            "ratio": round(mine / others, 2),
+            "ratio": round(ratio, 2),
             "to": to,
             "first part s": round(first, 2),
         }
@@ -213,9 +233,9 @@ def _whole_runs(
     for each in many[1:]:
         run = prepare(each, SMALL)
 
-        def alone(name: str = each.name) -> float:
-            seconds: list[float] = [ask(name, "run") for _ in range(3)]
-            return job.images / statistics.median(seconds)
+        def alone(name: str = each.name, turns: int = -(-len(run.images.paths) // job.images)) -> float:
+            seconds: list[float] = [ask(name, "run") for _ in range(turns)]
+            return turns * job.images / sum(seconds)
 
         rows.append(row(SMALL, each, run, compare(each, run, alone), "the engine alone"))
     fastest = max(many[1:], key=lambda each: (each.precision == "bf16", speed[each.name]))
