@@ -1,0 +1,107 @@
+"""The commands that make pictures: show, similar."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vggenc.console import (
+    FAILED_IMAGES,
+    K_WITHOUT_HEADS,
+    Backbone,
+    Device,
+    Json,
+    Weights,
+    check_viz,
+    check_writable,
+    print_table,
+    printable,
+)
+from vggenc.errors import UsageError
+from vggenc.inputs import find_images
+from vggenc.options import DEFAULT_WEIGHTS
+
+# torch is imported inside the commands, so that help comes at once.
+
+
+def show(
+    inputs: Annotated[list[str], typer.Argument(help="Image files, folders, globs, @list.txt.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; a sheet is named as its image, and .png.")],
+    weights: Weights = DEFAULT_WEIGHTS,
+    backbone: Backbone = None,
+    names: Annotated[
+        Path | None, typer.Option(help="File with a name for each attribute, one a line.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the square seen.", show_default="the weights' own, 224")
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Decoding processes.", show_default="cores - 1")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw what the network sees in each image: stages, channels, attributes on one PNG sheet (extra viz)."""
+    check_viz()
+    images = find_images(inputs)
+    listed = None
+    if names:
+        try:
+            lines = names.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{names} can't be read: {error}") from error
+        listed = [line.split(maxsplit=1)[-1].strip() for line in lines if line.strip()]  # also '1 black'
+    from vggenc.checkpoint import load
+    from vggenc.encoder import VGG19Encoder
+    from vggenc.engines import pick_device
+    from vggenc.options import Options
+    from vggenc.visualize import show as draw_sheets
+
+    where = pick_device(device)
+    checkpoint = load(weights, backbone)
+    encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
+    options = Options(image_size=image_size, num_workers=num_workers)
+    failed = 0
+    for sheet in draw_sheets(images, encoder, output, names=listed, options=options, progress=True):
+        failed += sheet.file is None
+        if sheet.file is None:
+            typer.echo(f"{printable(sheet.path)}: {printable(sheet.error or '')}", err=True)
+        else:
+            typer.echo(printable(str(sheet.file)))
+    if failed:
+        raise typer.Exit(FAILED_IMAGES)
+
+
+def similar(
+    query: Annotated[Path, typer.Argument(help="An image file.")],
+    features: Annotated[Path, typer.Argument(help="A folder that 'vggenc extract' wrote.")],
+    output: Annotated[
+        str | None, typer.Option(help="Column to compare.", show_default="the deepest stage there is")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Neighbours, at most.", min=1)] = 12,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG file for a contact sheet, replaced if it exists (extra viz).")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="For an image that isn't in the folder.", show_default="those of the folder"),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the images of a features folder that are nearest to an image, by the cosine of an output."""
+    if sheet:
+        check_viz()
+        check_writable(sheet)
+    from vggenc.engines import pick_device
+    from vggenc.sheets import save
+    from vggenc.similar import contact_sheet
+    from vggenc.similar import similar as find_similar
+
+    found = find_similar(query, features, output=output, top=top, weights=weights, device=pick_device(device))
+    if sheet:
+        save(contact_sheet(query, features, found), sheet)
+    if as_json:
+        typer.echo(json.dumps([neighbour._asdict() for neighbour in found], indent=2))
+    else:
+        print_table([{"cosine": f"{one.cosine:.4f}", "path": printable(one.path)} for one in found])
