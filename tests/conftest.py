@@ -1,5 +1,6 @@
 """What the tests share: no network, small encoders that cost little, and picture files."""
 
+import io
 import socket
 import sys
 from collections.abc import Callable
@@ -119,6 +120,18 @@ def vggenc(monkeypatch, capfd) -> Callable[..., Result]:
         return Result(caught.value.code or 0, *capfd.readouterr())
 
     return run
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """What a terminal as standard error is told."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
-from vggenc import benchmark, contenders
+from vggenc import UsageError, benchmark, contenders
 from vggenc.benchmark import draw, measure
 from vggenc.inputs import find_images
 
@@ -33,11 +33,12 @@ def test_peak_is_of_the_order_that_one_product_shows():
 
 
 @pytest.mark.slow
-def test_benchmark_measures_every_contender(tmp_path, monkeypatch):
+def test_benchmark_measures_every_contender(tmp_path, monkeypatch, terminal):
     monkeypatch.setattr(benchmark, "_SECONDS", 0.3)
     report = measure(
-        find_images(PHOTOGRAPHS), "OXFORD_V1", None, rounds=1, images=2, image_size=64, end_to_end=True
+        find_images(PHOTOGRAPHS), "OXFORD_V1", None, rounds=1, images=2, image_size=64, progress=True
     )
+    assert "100%" in terminal.getvalue()
     json.dumps(report)
     rows = {row["engine"]: row for row in report["engines"]}
     assert list(rows) == [each.name for each in contenders.contenders(CPU)]
@@ -48,6 +49,12 @@ def test_benchmark_measures_every_contender(tmp_path, monkeypatch):
         assert row["peak MB"] > 200
     assert report["depth"][0]["torch fp32"] == "up to conv2_2"
     assert len(report["files"]) == len(rows) - 1 + 1
+    one = measure(
+        None, "OXFORD_V1", None, rounds=1, images=1, image_size=32, engine="torch", end_to_end=False
+    )
+    assert [row["engine"] for row in one["engines"]] == ["plain loop", "torch fp32"]
+    with pytest.raises(UsageError, match="the engine 'magic' can't run here; one of torch, ncnn, openvino"):
+        measure(None, "OXFORD_V1", None, engine="magic")
     draw(report, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.width > 600

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -183,16 +182,10 @@ def test_closed_standard_streams_change_nothing_on_disk(vggenc, tmp_path, closed
     assert read_features(tmp_path / "closed").equals(read_features(tmp_path / "open"))
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_sees_a_progress_bar(vggenc, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+def test_a_terminal_sees_a_progress_bar(vggenc, terminal, tmp_path):
     vggenc("extract", PHOTOGRAPHS, "--output", tmp_path / "f", *FAST)
     for part in ("100%", "12/12", "img/s", "failed=0"):
-        assert part in sys.stderr.getvalue()
+        assert part in terminal.getvalue()
 
 
 def without_torch(*arguments: str) -> str:

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,21 @@ def test_attributes_come_from_the_cells_that_their_weights_look_at(drawn):
     image = encoder.preprocess(picture)[None]
     attention = encoder.eval().encode(image, ["attention"])["attention"][0, :, 2]
     assert [panel.lines[1] for panel in top[1:]] == [f"attention {value:.2g}" for value in attention.tolist()]
+
+
+def test_names_of_any_length_and_bytes_have_sheets_of_their_own(oxford, tmp_path):
+    names = [b"\xff.png", b"a" * 251 + b".png", b"a" * 250 + b"b.png", b"new\nline.png"]
+    for name in names:
+        Image.effect_noise((32, 32), 80).save(tmp_path / "one.png")
+        os.rename(tmp_path / "one.png", os.fsencode(tmp_path) + b"/" + name)
+    sheets = list(show(tmp_path, oxford, tmp_path / "s", options=replace(SMALL, image_size=32)))
+    assert len({sheet.file for sheet in sheets if sheet.file.is_file()}) == 4
+
+
+def test_a_terminal_sees_both_passes_over_the_images(oxford, terminal, folder, tmp_path):
+    list(show(folder / "deep", oxford, tmp_path / "s", options=SMALL, progress=True))
+    for part in ("100%", "8/8", "img/s"):
+        assert part in terminal.getvalue()
 
 
 def test_names_that_do_not_fit_and_untrained_heads_are_usage_errors(oxford):

@@ -95,7 +95,7 @@ def save(image: Image.Image, file: Path) -> None:
     Raises:
         StoreError: it can't be written.
     """
-    partial = file.with_name(f".{file.name[:200]}.{os.getpid()}")
+    partial = file.with_name(f".{file.stem[:50]}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(partial, "PNG")

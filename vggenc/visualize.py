@@ -1,5 +1,7 @@
 """What the network sees in a picture: its strongest channels, its stages in colours, its attributes."""
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,8 @@ CHANNELS = 3
 ATTRIBUTES = 5
 """Attributes shown, those with the largest predictions."""
 _HEADS = ("attention", "attributes", "latent")
+_LONGEST_NAME = 200
+"""Bytes."""
 _SPREAD = 2.5
 """Standard deviations of a principal component from the middle of a colour to its end."""
 
@@ -87,7 +91,7 @@ def show(
         for batch in iter_features(images, encoder, outputs, options=options):
             for i, row in enumerate(batch.rows):
                 bar.update()
-                file = Path(output) / f"{images.paths[done + i]}.png"
+                file = Path(output) / _sheet_name(images.paths[done + i])
                 if row.status != "ok":
                     yield Sheet(row.path, None, row.error)
                     continue
@@ -173,6 +177,14 @@ class _Components:
         mean, axes = self._found
         projected = np.einsum("chw,cp->hwp", maps - mean[:, None, None], axes)
         return Image.fromarray((255 * np.clip(0.5 + projected / (2 * _SPREAD), 0, 1)).astype(np.uint8))
+
+
+def _sheet_name(path: str) -> str:
+    """The image's own name and `.png`; a hash in the place of the end of one that is too long for it."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = name[: _LONGEST_NAME // 4] + hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return os.path.join(folder, f"{name}.png")
 
 
 def _has_heads(encoder: VGG19Encoder) -> bool:
