@@ -27,7 +27,12 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images.", show_
 Workers = Annotated[int | None, typer.Option(help="Decoding processes.", show_default="cores - 1")]
 
 
-def _check_extra() -> None:
+def check_extra() -> None:
+    """See that the extra is installed, and let its libraries keep their remarks to themselves.
+
+    Raises:
+        UsageError: it isn't.
+    """
     if missing := [name for name in _NEEDS if not importlib.util.find_spec(name)]:
         raise UsageError(
             f"zero-shot learning needs its extra: pip install 'vggenc[zsl]' ({missing[0]} is missing)"
@@ -104,7 +109,7 @@ def train_command(
     as_json: Json = False,
 ) -> None:
     """Train LFGAA on the seen classes; epoch and steps are chosen on seen classes that are held out."""
-    _check_extra()
+    check_extra()
     if tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     from vggenc.zsl.data import load_data
@@ -172,7 +177,7 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Conventional and generalised accuracy by attributes, self-adaptation and hybrid inference."""
-    _check_extra()
+    check_extra()
     from vggenc.engines import pick_device
     from vggenc.options import Options
     from vggenc.zsl.data import load_data
@@ -222,7 +227,7 @@ def export_features_command(
     num_workers: Workers = None,
 ) -> None:
     """Write features and splits as res101.mat and att_splits.mat, which other repositories read."""
-    _check_extra()
+    check_extra()
     if format != "xlsa17":
         raise one_of("format", format, ["xlsa17"])
     from vggenc.console import split_outputs

@@ -40,6 +40,7 @@ class ZSLData:
         test_unseen: test images of unseen classes.
         validation: images of `trainval` of classes that the data set itself holds out; may be empty.
         split: `ps` (proposed), `ss` (standard), or `validation`.
+        folder: what the data set was read from.
     """
 
     root: Path
@@ -54,6 +55,7 @@ class ZSLData:
     test_unseen: Indices
     validation: Indices
     split: str
+    folder: Path
 
     @property
     def k(self) -> int:
@@ -158,7 +160,7 @@ def assemble(
     seen: Iterable[str],
     unseen: Iterable[str],
     split: str,
-    source: str,
+    folder: Path,
     validation: Iterable[str] = (),
 ) -> ZSLData:
     """Put together what a layout's files say, after checking that it fits.
@@ -172,7 +174,7 @@ def assemble(
         seen: names of the seen classes.
         unseen: of the unseen ones.
         split: its name.
-        source: what errors speak of.
+        folder: what is read, of which errors speak.
         validation: paths of `trainval` that the data set holds out.
 
     Raises:
@@ -181,26 +183,26 @@ def assemble(
     """
     seen, unseen = list(seen), list(unseen)
     if both := sorted(set(seen) & set(unseen)):
-        raise DataError(f"{source}: both seen and unseen: {some(both)}")
+        raise DataError(f"{folder}: both seen and unseen: {some(both)}")
     attributes = np.maximum(attributes, 0).astype(np.float32)
     if odd := _rows_where(classes, ~np.isfinite(attributes)):
-        raise DataError(f"{source}: NaN or infinity in the attributes of {some(odd)}")
+        raise DataError(f"{folder}: NaN or infinity in the attributes of {some(odd)}")
     if empty := _rows_where(classes, ~attributes.any(1, keepdims=True)):
-        raise DataError(f"{source}: no attributes (0 or -1 throughout) for {some(empty)}")
+        raise DataError(f"{folder}: no attributes (0 or -1 throughout) for {some(empty)}")
     paths = [path for part in LISTS for path in chosen.get(part, [])]
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
-        raise DataError(f"{source}: listed twice: {some(twice)}")
+        raise DataError(f"{folder}: listed twice: {some(twice)}")
     rows = {name: i for i, name in enumerate(classes)}
     for part in LISTS:
         allowed = set(unseen if part == "test_unseen" else seen)
         wrong = [path for path in chosen.get(part, []) if class_of(path) not in allowed]
         if wrong:
             kind = "unseen" if part == "test_unseen" else "seen"
-            raise DataError(f"{source}: {part} lists images of classes that aren't {kind}: {some(wrong)}")
+            raise DataError(f"{folder}: {part} lists images of classes that aren't {kind}: {some(wrong)}")
     if idle := sorted(set(seen) - {class_of(path) for path in chosen["trainval"]}):
-        raise DataError(f"{source}: no image to train on for {some(idle)}")
+        raise DataError(f"{folder}: no image to train on for {some(idle)}")
     if not chosen["test_unseen"]:
-        raise DataError(f"{source}: no test image of an unseen class")
+        raise DataError(f"{folder}: no test image of an unseen class")
     ends = np.cumsum([0, *(len(chosen.get(part, [])) for part in LISTS)])
     parts = [np.arange(a, b) for a, b in itertools.pairwise(ends.tolist())]
     index = {path: i for i, path in enumerate(paths)}
@@ -217,6 +219,7 @@ def assemble(
         test_unseen=parts[2],
         validation=np.array([index[path] for path in validation], np.int64),
         split=split,
+        folder=folder,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
 
 from vggenc.encoder import VGG19Encoder
 from vggenc.errors import DataError
@@ -182,6 +183,36 @@ def _outcome(data: ZSLData, images: Indices, predicted: Indices, setting: str) -
 
 def _headline(outcome: Result) -> float:
     return float(outcome["mca"] if "mca" in outcome else outcome["h"])
+
+
+def confusion(data: ZSLData, predictions: Predictions, setting: str) -> tuple[Indices, NDArray[np.int64]]:
+    """How often images of each class are taken for each other one, by attributes alone.
+
+    Args:
+        data: a split.
+        predictions: of its test images.
+        setting: `czsl`: images of unseen classes among these; `gzsl`: all test images among all classes.
+
+    Returns:
+        Rows of `data.classes`, and counts `(classes, classes)`: a row a true class, a column a predicted one.
+    """
+    images, classes = _generalised(data) if setting == "gzsl" else (data.test_unseen, data.unseen)
+    predicted = classes[cosine(predictions.attributes[images], data.attributes[classes]).argmax(1)]
+    return classes, confusion_matrix(data.labels[images], predicted, labels=classes)
+
+
+def margins(data: ZSLData, predictions: Predictions) -> tuple[Indices, NDArray[np.floating]]:
+    """How clearly each image of `data.test_unseen` is told from other unseen classes, by attributes alone.
+
+    Returns:
+        The nearest class of each, as a row of `data.classes`, and its margin: the cosine with its own class
+        minus the highest one with another; below 0 where it is taken for that. Infinite where there is but
+        one unseen class.
+    """
+    scores = cosine(predictions.attributes[data.test_unseen], data.attributes[data.unseen])
+    own = data.labels[data.test_unseen][:, None] == data.unseen
+    best_other = np.where(own, -np.inf, scores).max(1)
+    return data.unseen[scores.argmax(1)], scores[own] - best_other
 
 
 def best_calibration(data: ZSLData, predictions: Predictions) -> float:

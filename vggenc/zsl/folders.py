@@ -54,7 +54,7 @@ def read(folder: Path, split: str, images: Path) -> ZSLData:
         seen=seen,
         unseen=unseen,
         split=split,
-        source=str(folder),
+        folder=folder,
     )
 
 

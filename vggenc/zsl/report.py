@@ -18,7 +18,7 @@ from vggenc.pipeline import iter_features
 from vggenc.zsl import xlsa17
 from vggenc.zsl.batches import Grids
 from vggenc.zsl.data import ZSLData
-from vggenc.zsl.evaluation import evaluate, predict
+from vggenc.zsl.evaluation import Predictions, evaluate, predict
 from vggenc.zsl.run import GRIDS, RUN, read_run
 
 REPORT = "report.json"
@@ -51,10 +51,35 @@ def make_report(
     Raises:
         UsageError: weights that don't fit the data, or another split than the run's.
     """
-    run = Path(run)
-    encoder, about = _load(run, device)
-    settings = about.get("settings", {})
-    there, here = settings.get("data", {}).get("sha256"), data.sha256()
+    encoder, about = load_encoder(Path(run), device)
+    predictions = judge(Path(run), encoder, about, data, options or Options(), progress=progress)
+    return summarize(encoder, about, data, predictions, calibration)
+
+
+def judge(
+    run: Path,
+    encoder: VGG19Encoder,
+    about: dict[str, Any],
+    data: ZSLData,
+    options: Options,
+    *,
+    progress: bool = False,
+) -> Predictions:
+    """What the encoder of a run says of all images of its split.
+
+    Args:
+        run: as for `make_report`.
+        encoder: with `about`, from `load_encoder`.
+        about: what the run was told.
+        data: the split.
+        options: as for `make_report`.
+        progress: likewise.
+
+    Raises:
+        UsageError: as for `make_report`.
+        DataError: an image that can't be read.
+    """
+    there, here = about.get("settings", {}).get("data", {}).get("sha256"), data.sha256()
     if there not in (None, here):
         raise UsageError(f"{run} was trained on another split ({there[:16]}) than this one ({here[:16]})")
     if encoder.k != data.k:
@@ -62,14 +87,24 @@ def make_report(
     encoder.check_trained(["attributes", "latent"])
     grids = run / (about.get("grids") or GRIDS)
     which = np.concatenate([data.trainval, data.test_seen, data.test_unseen])
-    predictions = predict(
+    return predict(
         encoder,
         data,
         which,
         grids=Grids(grids) if about.get("grids") and grids.is_dir() else None,
-        options=_options(about, options or Options()),
+        options=_options(about, options),
         progress=progress,
     )
+
+
+def summarize(
+    encoder: VGG19Encoder,
+    about: dict[str, Any],
+    data: ZSLData,
+    predictions: Predictions,
+    calibration: float | None,
+) -> Report:
+    """The report on an encoder's predictions; see `make_report`."""
     selection = about.get("selection") or {}
     if calibration is None:
         calibration = float(selection.get("calibration", 0.0))
@@ -79,12 +114,13 @@ def make_report(
     return {
         "data": {
             "split": data.split,
-            "sha256": here,
+            "sha256": data.sha256(),
             "seen": [data.classes[i] for i in data.seen],
             "unseen": [data.classes[i] for i in data.unseen],
             "images": [len(data.trainval), len(data.test_seen), len(data.test_unseen)],
         },
-        "run": settings or {"weights": encoder.weights_name, "weights_sha256": encoder.weights_sha256},
+        "run": about.get("settings")
+        or {"weights": encoder.weights_name, "weights_sha256": encoder.weights_sha256},
         "selection": selection or None,
         "calibration": calibration,
         "chance": 1 / len(data.unseen),
@@ -162,7 +198,7 @@ def export_features(
         UsageError: outputs that were never trained.
         DataError: an image that can't be read.
     """
-    encoder, about = _load(Path(run), device)
+    encoder, about = load_encoder(Path(run), device)
     everything = data.images(np.arange(len(data.paths)))
     values = []
     how = _options(about, options)
@@ -177,8 +213,12 @@ def export_features(
     return features.shape[0], features.shape[1]
 
 
-def _load(run: Path, device: Any) -> tuple[VGG19Encoder, dict[str, Any]]:
-    """The encoder of a run or of any weights, and what the run was told."""
+def load_encoder(run: Path, device: Any) -> tuple[VGG19Encoder, dict[str, Any]]:
+    """The encoder of a run or of any weights, and what `run.json` holds; nothing for other weights.
+
+    Raises:
+        UsageError: a run that isn't finished, or a folder of other things.
+    """
     about = read_run(run) if (run / RUN).is_file() else {}
     if run.is_dir() and not (run / SAFETENSORS_SINGLE_FILE).exists():
         raise UsageError(
@@ -196,30 +236,32 @@ def _options(about: dict[str, Any], options: Options) -> Options:
     return replace(options, image_size=size)
 
 
+def read_histories(run: Path) -> dict[str, list[dict[str, float]]]:
+    """The rows of `history.csv` of each phase that a run has: `selection` and `training`."""
+    found = {}
+    for phase in ("selection", "training"):
+        if (run / phase / "history.csv").is_file():
+            with (run / phase / "history.csv").open() as stream:
+                found[phase] = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(stream)]
+    return found
+
+
 def draw_curves(run: Path, file: Path) -> None:
     """Losses, and the accuracy on validation classes, by epoch, as a PNG file."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    histories = {}
-    for phase in ("selection", "training"):
-        if (run / phase / "history.csv").is_file():
-            with (run / phase / "history.csv").open() as stream:
-                histories[phase] = list(csv.DictReader(stream))
+    histories = read_histories(run)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for phase, rows in histories.items():
-        epochs = [int(row["epoch"]) + 1 for row in rows]
+        epochs = [row["epoch"] + 1 for row in rows]
         style = "--" if phase == "selection" else "-"
         for name, colour in (("attribute_loss", "tab:blue"), ("latent_loss", "tab:orange")):
             label = f"{name.replace('_', ' ')}, {phase}"
-            left.plot(
-                epochs, [float(row[name]) for row in rows], style, color=colour, marker=".", label=label
-            )
+            left.plot(epochs, [row[name] for row in rows], style, color=colour, marker=".", label=label)
         if "mca" in rows[0]:
-            right.plot(
-                epochs, [100 * float(row["mca"]) for row in rows], style, marker=".", color="tab:green"
-            )
+            right.plot(epochs, [100 * row["mca"] for row in rows], style, marker=".", color="tab:green")
     about = read_run(run)["selection"] or {}
     if about:
         right.axvline(about["epochs"], color="0.6", linewidth=1)

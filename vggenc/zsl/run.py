@@ -329,6 +329,8 @@ def _facts(data: ZSLData, recipe: Recipe, setup: Setup, checkpoint: Checkpoint |
         "format": FORMAT,
         "settings": settings,
         "grids": os.fspath(setup.cache or GRIDS) if setup.heads_only else None,
+        # Of no effect but to be read.
+        "data": {"folder": os.path.abspath(data.folder), "images": os.path.abspath(data.root)},
     }
 
 
@@ -369,7 +371,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         run = json.loads((folder / RUN).read_text())
         if run["format"] > FORMAT:
             raise StoreError(f"{folder} was written by a later version of vggenc")
-        return {name: run[name] for name in ("format", "settings", "grids", "selection")}
+        fields = {name: run[name] for name in ("format", "settings", "grids", "selection")}
+        return {**fields, "data": run.get("data")}  # which the first runs did not note
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{folder / RUN} can't be read as a run: {error}") from error
 

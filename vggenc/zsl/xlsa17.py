@@ -67,7 +67,7 @@ def read(folder: Path, split: str, images: Path) -> ZSLData:
         seen=sorted(seen),
         unseen=sorted(unseen),
         split=split,
-        source=str(folder),
+        folder=folder,
         validation=[path for path in chosen["trainval"] if path in held],
     )
 
