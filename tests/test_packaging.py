@@ -31,7 +31,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "vggenc/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"vggenc", wheel.name.split("-py3")[0] + ".dist-info"}
-    sources = {file.name for file in (ROOT / "vggenc").glob("*.py")}
+    sources = {file.name for file in (ROOT / "vggenc").glob("*.*") if file.suffix in (".py", ".css", ".js")}
     assert sources <= {name.split("/")[-1] for name in names}
 
 
