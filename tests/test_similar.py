@@ -29,7 +29,7 @@ def test_neighbours_are_those_of_all_cosines_by_hand(features, output):
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit[table["path"].to_pylist().index("cat.jpg")]
     order = np.argsort(-cosines)[:7]
-    found = similar(PHOTOGRAPHS / "cat.jpg", features, output=output, top=7)
+    found = similar(PHOTOGRAPHS / "cat.jpg", features, by=output, top=7)
     assert [one.path for one in found] == [table["path"][int(i)].as_py() for i in order]
     np.testing.assert_allclose([one.cosine for one in found], cosines[order], rtol=1e-5)
 
@@ -77,8 +77,8 @@ def test_many_rows_are_left_to_faiss_where_it_is_installed(features, monkeypatch
 
 
 def test_what_cannot_be_compared_is_a_usage_error(features, oxford, tmp_path, make_encoder):
-    with pytest.raises(UsageError, match="output must be one of conv3_4, conv5_4; got 'conv2_2'"):
-        similar(PHOTOGRAPHS / "cat.jpg", features, output="conv2_2")
+    with pytest.raises(UsageError, match="by must be one of conv3_4, conv5_4; got 'conv2_2'"):
+        similar(PHOTOGRAPHS / "cat.jpg", features, by="conv2_2")
     with pytest.raises(UsageError, match="top must be 1 or more"):
         similar(PHOTOGRAPHS / "cat.jpg", features, top=0)
     Image.new("RGB", (64, 64)).save(tmp_path / "else.png")

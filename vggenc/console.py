@@ -65,7 +65,7 @@ def check_viz() -> None:
     Raises:
         UsageError: it isn't.
     """
-    if not importlib.util.find_spec("matplotlib"):
+    if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn"))):
         raise UsageError("pictures need their extra: pip install 'vggenc[viz]'")
 
 

@@ -40,7 +40,7 @@ def similar(
     query: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    output: str | None = None,
+    by: str | None = None,
     top: int = 12,
     weights: str | None = None,
     device: Any = "cpu",
@@ -53,7 +53,7 @@ def similar(
     Args:
         query: an image file.
         folder: what `extract` wrote, finished.
-        output: name of a column with vectors; None: the deepest stage there is, else the first.
+        by: the output to compare, a column with vectors; None: the deepest stage there is, else the first.
         top: how many, at most; 1 or more.
         weights: what the folder was computed with, for an image that is no row of it; None: the weights that
             have the name in its manifest.
@@ -74,10 +74,9 @@ def similar(
     vectors = [name for name, shape in settings["outputs"].items() if len(shape) < 3]
     if not vectors:
         raise UsageError(f"{folder} holds whole maps only; similar needs pooled outputs (--pool avg or max)")
-    if output is None:
-        output = next((name for name in reversed(STAGE_NAMES) if name in vectors), vectors[0])
+    output = by or next((name for name in reversed(STAGE_NAMES) if name in vectors), vectors[0])
     if output not in vectors:
-        raise one_of("output", output, vectors)
+        raise one_of("by", output, vectors)
     place = os.path.relpath(os.path.abspath(query), manifest["root"])
     name = os.fsencode(Path(place).as_posix()).decode("utf-8", "backslashreplace")
     vector = _stored(folder, output, name)

@@ -1,4 +1,4 @@
-"""The commands that make pictures: show, similar."""
+"""The commands that show what came out: show, similar, report."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,14 @@ from vggenc.console import (
     Weights,
     check_viz,
     check_writable,
+    print_facts,
     print_table,
     printable,
 )
 from vggenc.errors import UsageError
 from vggenc.inputs import find_images
 from vggenc.options import DEFAULT_WEIGHTS
+from vggenc.zsl.cli import check_extra
 
 # torch is imported inside the commands, so that help comes at once.
 
@@ -75,8 +77,8 @@ def show(
 def similar(
     query: Annotated[Path, typer.Argument(help="An image file.")],
     features: Annotated[Path, typer.Argument(help="A folder that 'vggenc extract' wrote.")],
-    output: Annotated[
-        str | None, typer.Option(help="Column to compare.", show_default="the deepest stage there is")
+    by: Annotated[
+        str | None, typer.Option(help="Output to compare.", show_default="the deepest stage there is")
     ] = None,
     top: Annotated[int, typer.Option(help="Neighbours, at most.", min=1)] = 12,
     sheet: Annotated[
@@ -98,10 +100,71 @@ def similar(
     from vggenc.similar import contact_sheet
     from vggenc.similar import similar as find_similar
 
-    found = find_similar(query, features, output=output, top=top, weights=weights, device=pick_device(device))
+    found = find_similar(query, features, by=by, top=top, weights=weights, device=pick_device(device))
     if sheet:
         save(contact_sheet(query, features, found), sheet)
     if as_json:
         typer.echo(json.dumps([neighbour._asdict() for neighbour in found], indent=2))
     else:
         print_table([{"cosine": f"{one.cosine:.4f}", "path": printable(one.path)} for one in found])
+
+
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_FEATURES", help="A folder of 'vggenc extract' or of 'vggenc zsl train'."
+        ),
+    ],
+    html: Annotated[Path, typer.Option(help="File to write; replaced if it exists.")],
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Of features: the output that map and clusters are made of.", show_default="the deepest"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Of a run: its data set.", show_default="where it was in training")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Of a run: folder of the images.", show_default="as in training, or in --data"),
+    ] = None,
+    device: Device = "auto",
+    num_workers: Annotated[
+        int | None, typer.Option(help="Of a run: decoding processes.", show_default="cores - 1")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one HTML page of a features folder or a zero-shot run, which opens in any browser, offline."""
+    check_writable(html)
+    from vggenc.page import write_page
+    from vggenc.parts import MANIFEST
+
+    if (folder / MANIFEST).is_file():
+        if data or images:
+            raise UsageError(f"--data and --images are for a run; {folder} is a features folder")
+        check_viz()
+        from vggenc.features_page import features_page
+
+        kind, text = "features", features_page(folder, by=by, progress=True)
+    elif (folder / "run.json").is_file():
+        if by:
+            raise UsageError(f"--by is for a features folder; {folder} is a zero-shot run")
+        check_extra()
+        from vggenc.engines import pick_device
+        from vggenc.options import Options
+        from vggenc.zsl.run_page import run_page
+
+        options = Options(num_workers=num_workers)
+        kind = "zero-shot run"
+        text = run_page(
+            folder, data=data, images=images, options=options, device=pick_device(device), progress=True
+        )
+    else:
+        raise UsageError(
+            f"{folder} is neither a features folder of 'vggenc extract' (it has no {MANIFEST}) nor a run of "
+            "'vggenc zsl train' (it has no run.json)"
+        )
+    write_page(html, text)
+    print_facts({"file": str(html), "of": kind, "MB": round(html.stat().st_size / 1e6, 2)}, as_json)
