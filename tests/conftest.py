@@ -25,7 +25,11 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for marker, why in (("slow", "takes minutes"), ("network", "downloads 1.1 GB")):
+        for marker, why in (
+            ("slow", "takes minutes"),
+            ("network", "downloads 1.1 GB"),
+            ("browser", "needs chromium"),
+        ):
             if item.get_closest_marker(marker) and marker not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"{why}; run it with -m {marker}"))
 
