@@ -19,8 +19,8 @@ from tqdm import tqdm
 from vggenc.charts import Point, scatter
 from vggenc.errors import one_of
 from vggenc.page import Html, Section, facts, join, page, table, tag, thumbnail
-from vggenc.stages import OUTPUTS
 from vggenc.parts import read_features
+from vggenc.stages import OUTPUTS
 
 SAMPLE = 2000
 """Rows that stand for all, where there are more; so many failures are listed, too."""
