@@ -1,9 +1,6 @@
 """A page on a features folder: what it holds, what failed, which images are alike."""
 
 import itertools
-import json
-import os
-import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -14,13 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vggenc.charts import Point, scatter
-from vggenc.errors import one_of
 from vggenc.page import Html, Section, facts, join, page, table, tag, thumbnail
-from vggenc.parts import read_features
-from vggenc.stages import OUTPUTS
+from vggenc.parts import compared, image_file, read_features, read_manifest
+from vggenc.progress import progress_bar
 
 SAMPLE = 2000
 """Rows that stand for all, where there are more; so many failures are listed, too."""
@@ -62,14 +57,8 @@ def features_page(folder: Path, *, by: str | None = None, progress: bool = False
         UsageError: no features folder, or an output that isn't in its table.
         StoreError: a part that is damaged, or none at all yet.
     """
-    head = read_features(folder, ["path"], partial=True).schema
-    manifest = json.loads(head.metadata[b"vggenc"])
-    settings = manifest["settings"]
-    vectors = [name for name, shape in settings["outputs"].items() if len(shape) != 3]
-    if by is None:
-        by = max(vectors, key=lambda name: len(OUTPUTS[name]), default=None)
-    elif by not in vectors:
-        raise one_of(f"the output for {folder}", by, vectors)
+    manifest = read_manifest(folder)
+    by = compared(manifest, by)
     rows = read_features(folder, [*_ROW_COLUMNS, *([by] if by else [])], partial=True)
     failed = rows.filter(pc.field("status") != "ok").select(["path", "error"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)
@@ -223,13 +212,13 @@ def _tiles(good: _Good, manifest: dict[str, Any], progress: bool) -> Html:
     parts = [tag("p", {"class": "note"}, text)]
     members = [np.flatnonzero(good.labels == i) for i in range(len(good.middles))]
     total = sum(min(_TYPICAL, len(rows)) for rows in members)
-    with tqdm(total=total, unit="img", desc="thumbnails", disable=None if progress else True) as bar:
+    with progress_bar(total, shown=progress, desc="thumbnails") as bar:
         for i, rows in enumerate(members):
             far = np.linalg.norm(good.values[rows] - good.middles[i], axis=1)
             tiles = []
             for row in rows[np.argsort(far, kind="stable")[:_TYPICAL]]:
                 path, most_pixels = good.paths[row], manifest["settings"]["max_pixels"]
-                tile = thumbnail(_file(manifest["root"], path), path, side=_SIDE, max_pixels=most_pixels)
+                tile = thumbnail(image_file(manifest["root"], path), path, side=_SIDE, max_pixels=most_pixels)
                 tiles.append(tag("li", {}, tile))
                 bar.update()
             most = Counter(good.folders[row] for row in rows).most_common(3)
@@ -241,12 +230,3 @@ def _tiles(good: _Good, manifest: dict[str, Any], progress: bool) -> Html:
                 tag("ul", {"class": "tiles"}, *tiles),
             ]
     return join(parts)
-
-
-def _file(root: str, path: str) -> str:
-    r"""Where a row's image lies; bytes that aren't UTF-8 stand as `\xNN` in its path."""
-    file = os.path.join(root, path)
-    if os.path.lexists(file):
-        return file
-    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes.fromhex(match[1].decode()), path.encode())
-    return os.path.join(root, os.fsdecode(raw))

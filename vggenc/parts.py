@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from vggenc.errors import StoreError, UsageError, one_of
+from vggenc.stages import OUTPUTS
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -119,6 +120,29 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder / MANIFEST} can't be read as a manifest ({error!r}); --overwrite (overwrite=True) "
             "replaces the run"
         ) from error
+
+
+def compared(manifest: dict[str, Any], by: str | None) -> str | None:
+    """The output to compare images by: `by`, else the deepest one with vectors; None where all are maps.
+
+    Raises:
+        UsageError: `by` is no output with vectors.
+    """
+    vectors = [name for name, shape in manifest["settings"]["outputs"].items() if len(shape) < 3]
+    if by is None:
+        return max(vectors, key=lambda name: len(OUTPUTS[name]), default=None)
+    if by not in vectors:
+        raise one_of("by", by, vectors)
+    return by
+
+
+def image_file(root: str, path: str) -> str:
+    r"""Where the image of a row lies; bytes that aren't UTF-8 stand as `\xNN` in its path."""
+    file = os.path.join(root, path)
+    if os.path.lexists(file):
+        return file
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes.fromhex(match[1].decode()), path.encode())
+    return os.path.join(root, os.fsdecode(raw))
 
 
 def check_parts(folder: Path, manifest: dict[str, Any]) -> list[Path]:

@@ -14,13 +14,12 @@ from PIL import Image
 
 from vggenc.checkpoint import load
 from vggenc.encoder import VGG19Encoder
-from vggenc.errors import ImageError, UsageError, one_of
+from vggenc.errors import ImageError, UsageError
 from vggenc.images import decode
 from vggenc.options import Options
-from vggenc.parts import iter_parts, read_manifest
+from vggenc.parts import compared, image_file, iter_parts, read_manifest
 from vggenc.pipeline import iter_features, parameters_sha256
 from vggenc.sheets import Panel, draw, missing
-from vggenc.stages import STAGE_NAMES
 from vggenc.weights import REGISTRY
 
 _EXACT_IN_NUMPY = 100_000
@@ -53,7 +52,7 @@ def similar(
     Args:
         query: an image file.
         folder: what `extract` wrote, finished.
-        by: the output to compare, a column with vectors; None: the deepest stage there is, else the first.
+        by: the output to compare, a column with vectors; None: the deepest.
         top: how many, at most; 1 or more.
         weights: what the folder was computed with, for an image that is no row of it; None: the weights that
             have the name in its manifest.
@@ -71,12 +70,9 @@ def similar(
         raise UsageError(f"top must be 1 or more; got {top}")
     manifest = read_manifest(folder)
     settings = manifest["settings"]
-    vectors = [name for name, shape in settings["outputs"].items() if len(shape) < 3]
-    if not vectors:
+    output = compared(manifest, by)
+    if output is None:
         raise UsageError(f"{folder} holds whole maps only; similar needs pooled outputs (--pool avg or max)")
-    output = by or next((name for name in reversed(STAGE_NAMES) if name in vectors), vectors[0])
-    if output not in vectors:
-        raise one_of("by", output, vectors)
     place = os.path.relpath(os.path.abspath(query), manifest["root"])
     name = os.fsencode(Path(place).as_posix()).decode("utf-8", "backslashreplace")
     vector = _stored(folder, output, name)
@@ -173,5 +169,5 @@ def contact_sheet(
 
     panels = [panel(query, "query", os.path.basename(query))]
     for path, cosine in neighbours:
-        panels.append(panel(os.path.join(root, path), f"{cosine:.4f}", path))
+        panels.append(panel(image_file(root, path), f"{cosine:.4f}", path))
     return draw([panels[i : i + _COLUMNS] for i in range(0, len(panels), _COLUMNS)])

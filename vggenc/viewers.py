@@ -46,23 +46,18 @@ def show(
     """Draw what the network sees in each image: stages, channels, attributes on one PNG sheet (extra viz)."""
     check_viz()
     images = find_images(inputs)
-    listed = None
-    if names:
-        try:
-            lines = names.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{names} can't be read: {error}") from error
-        listed = [line.split(maxsplit=1)[-1].strip() for line in lines if line.strip()]  # also '1 black'
     from vggenc.checkpoint import load
     from vggenc.encoder import VGG19Encoder
     from vggenc.engines import pick_device
     from vggenc.options import Options
+    from vggenc.visualize import read_names
     from vggenc.visualize import show as draw_sheets
 
     where = pick_device(device)
     checkpoint = load(weights, backbone)
     encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
     options = Options(image_size=image_size, num_workers=num_workers)
+    listed = read_names(names, encoder.k) if names else None
     failed = 0
     for sheet in draw_sheets(images, encoder, output, names=listed, options=options, progress=True):
         failed += sheet.file is None
@@ -77,9 +72,7 @@ def show(
 def similar(
     query: Annotated[Path, typer.Argument(help="An image file.")],
     features: Annotated[Path, typer.Argument(help="A folder that 'vggenc extract' wrote.")],
-    by: Annotated[
-        str | None, typer.Option(help="Output to compare.", show_default="the deepest stage there is")
-    ] = None,
+    by: Annotated[str | None, typer.Option(help="Output to compare by.", show_default="the deepest")] = None,
     top: Annotated[int, typer.Option(help="Neighbours, at most.", min=1)] = 12,
     sheet: Annotated[
         Path | None, typer.Option(help="PNG file for a contact sheet, replaced if it exists (extra viz).")

@@ -75,7 +75,7 @@ def show(
         UsageError: inputs that don't exist, or a wrong number of names.
         StoreError: a sheet that can't be written.
     """
-    check_names(names, encoder)
+    _check_names(names, encoder.k)
     images = find_images(inputs)
     options = replace(options or Options(), pool="none", batch_size=4)
     trained = _has_heads(encoder)
@@ -129,7 +129,7 @@ def attention_sheet(
     Raises:
         UsageError: a wrong number of names, or heads that were never trained.
     """
-    check_names(names, encoder)
+    _check_names(names, encoder.k)
     encoder.check_trained(_HEADS)
     engine = Engine(encoder, (*STAGE_NAMES, *_HEADS), Options(pool="none", image_size=image_size))
     square = _square(encoder, picture, image_size)
@@ -139,14 +139,24 @@ def attention_sheet(
     return sheets.draw([[_picture(picture, "", encoder), *rows[0][1:]], *rows[1:]])
 
 
-def check_names(names: Sequence[str] | None, encoder: VGG19Encoder) -> None:
-    """See that there is a name for each attribute.
+def read_names(file: Path, k: int) -> list[str]:
+    """Names of `k` attributes from a file with one a line, such as AwA2's `predicates.txt` ('1 black').
 
     Raises:
-        UsageError: there isn't.
+        UsageError: it can't be read, or has another number of names.
     """
-    if names is not None and len(names) != encoder.k:
-        raise UsageError(f"the encoder has {encoder.k} attributes; got {len(names)} names")
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} can't be read: {error}") from error
+    names = [line.split(maxsplit=1)[-1].strip() for line in lines if line.strip()]
+    _check_names(names, k)
+    return names
+
+
+def _check_names(names: Sequence[str] | None, k: int) -> None:
+    if names is not None and len(names) != k:
+        raise UsageError(f"the encoder has {k} attributes; got {len(names)} names")
 
 
 class _Components:

@@ -181,8 +181,8 @@ def evaluate_command(
     from vggenc.engines import pick_device
     from vggenc.options import Options
     from vggenc.zsl.data import load_data
+    from vggenc.zsl.record import write_json
     from vggenc.zsl.report import REPORT, make_report, notes, table
-    from vggenc.zsl.run import write_json
 
     try:
         value = None if calibration == "auto" else float(calibration)

@@ -19,7 +19,7 @@ from vggenc.zsl import xlsa17
 from vggenc.zsl.batches import Grids
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.evaluation import Predictions, evaluate, predict
-from vggenc.zsl.run import GRIDS, RUN, read_run
+from vggenc.zsl.record import GRIDS, RUN, read_run
 
 REPORT = "report.json"
 Report = dict[str, Any]

@@ -1,6 +1,5 @@
-"""A training run as a folder: what was asked, what was chosen on validation classes, what came of it."""
+"""A training run: epochs, steps and calibration chosen on validation classes, then an encoder."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
 from vggenc.checkpoint import Checkpoint, load
@@ -20,17 +19,14 @@ from vggenc.engines import pick, pick_device
 from vggenc.errors import StoreError, UsageError, one_of
 from vggenc.options import Options
 from vggenc.parts import read_features
-from vggenc.store import differences
 from vggenc.zsl.balance import balance_stages, scale_stages
 from vggenc.zsl.batches import Grids, cache_grids, check_grid
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.evaluation import Predictions, Result, best_calibration, best_steps, evaluate, predict
 from vggenc.zsl.recipes import Recipe
+from vggenc.zsl.record import FORMAT, GRIDS, RUN, open_run, read_run, write_json
 from vggenc.zsl.training import LAST, History, Training, fit
 
-RUN = "run.json"
-FORMAT = 1
-GRIDS = "grids"
 _PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 """And Lightning's names for them."""
 _PATIENCE = 3600
@@ -120,7 +116,7 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
     first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
     lock = FileLock(folder / ".vggenc-lock", timeout=0)
     if first:
-        _open(folder, facts, lock)
+        open_run(folder, facts, lock)
     try:
         return _Run(folder, data, recipe, setup, facts, first, device, options)()
     finally:
@@ -325,69 +321,11 @@ def _facts(data: ZSLData, recipe: Recipe, setup: Setup, checkpoint: Checkpoint |
         },
         "versions": {name: version(name) for name in ("vggenc", "torch", "lightning")},
     }
+    grids = os.path.abspath(setup.cache) if setup.cache else GRIDS
     return {
         "format": FORMAT,
         "settings": settings,
-        "grids": os.fspath(setup.cache or GRIDS) if setup.heads_only else None,
+        "grids": grids if setup.heads_only else None,
         # Of no effect but to be read.
         "data": {"folder": os.path.abspath(data.folder), "images": os.path.abspath(data.root)},
     }
-
-
-def _open(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
-    """Lock a run's folder, after checking that it is one of these settings, or empty."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise StoreError(f"{folder} is being written by another process") from None
-    except OSError as error:
-        raise StoreError(f"{folder} can't be written: {error.strerror or error}") from error
-    names = {file.name for file in folder.iterdir()} - {".vggenc-lock", f".{RUN}"}
-    try:
-        if (folder / RUN).exists():
-            found = differences(read_run(folder)["settings"], facts["settings"])
-            if found:
-                raise UsageError(
-                    f"{folder} holds a run with other settings: {'; '.join(found)}. Name another folder."
-                )
-        elif names:
-            raise UsageError(f"{folder} holds other files, such as {min(names)}; name an empty or new folder")
-        else:
-            write_json(folder / RUN, {**facts, "selection": None})
-    except BaseException:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        raise
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """What `run.json` holds.
-
-    Raises:
-        StoreError: it can't be read.
-    """
-    try:
-        run = json.loads((folder / RUN).read_text())
-        if run["format"] > FORMAT:
-            raise StoreError(f"{folder} was written by a later version of vggenc")
-        fields = {name: run[name] for name in ("format", "settings", "grids", "selection")}
-        return {**fields, "data": run.get("data")}  # which the first runs did not note
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder / RUN} can't be read as a run: {error}") from error
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file that appears under its name only when it is whole.
-
-    Raises:
-        StoreError: it can't be written.
-    """
-    partial = file.with_name(f".{file.name}")
-    try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        partial.replace(file)
-    except OSError as error:
-        raise StoreError(f"{file} can't be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

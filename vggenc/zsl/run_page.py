@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from vggenc.charts import Curve, chart, confusion_matrix
 from vggenc.encoder import VGG19Encoder
@@ -15,6 +14,8 @@ from vggenc.errors import ImageError, UsageError
 from vggenc.images import read
 from vggenc.options import Options
 from vggenc.page import Cell, Html, Section, facts, join, missing, page, percent, picture, table, tag
+from vggenc.progress import progress_bar
+from vggenc.visualize import attention_sheet, read_names
 from vggenc.zsl import report
 from vggenc.zsl.data import ZSLData, load_data, tail
 from vggenc.zsl.evaluation import Predictions, confusion, margins
@@ -212,13 +213,16 @@ def _attention(run: _Judged, progress: bool) -> Html:
     nearest, margin = margins(run.data, run.predictions)
     order = np.argsort(-margin, kind="stable")
     count = max(1, min(SHEETS, len(order) // 2))
-    names = _attribute_names(run.data)
+    try:
+        names = read_names(run.data.folder / "predicates.txt", run.data.k)
+    except UsageError:
+        names = None
     note = (
         "Test images of unseen classes by their margin: the cosine of the predicted attributes with those of "
         "the true class, minus the highest one with another unseen class."
     )
     parts = [tag("p", {"class": "note"}, note)]
-    with tqdm(total=2 * count, unit="img", desc="attention", disable=None if progress else True) as bar:
+    with progress_bar(2 * count, shown=progress, desc="attention") as bar:
         for title, places in (("Best", order[:count]), ("Worst", order[::-1][:count])):
             sheets = []
             for place in places:
@@ -237,8 +241,6 @@ def _caption(data: ZSLData, row: int, nearest: int, margin: float) -> str:
 
 
 def _sheet(run: _Judged, row: int, caption: str, names: list[str] | None) -> Html:
-    from vggenc.visualize import attention_sheet
-
     path, size = run.data.paths[row], run.about["settings"]["recipe"]["image_size"]
     try:
         image = read(run.data.root / path, max_pixels=run.options.max_pixels).image
@@ -247,13 +249,3 @@ def _sheet(run: _Judged, row: int, caption: str, names: list[str] | None) -> Htm
     sheet = attention_sheet(image, run.encoder, names, image_size=size).convert("RGB")
     sheet.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH), Image.Resampling.LANCZOS)
     return picture(sheet, f"Attention on {caption}", caption)
-
-
-def _attribute_names(data: ZSLData) -> list[str] | None:
-    """What `predicates.txt` calls the attributes; None where it isn't there or doesn't fit."""
-    try:
-        lines = (data.folder / "predicates.txt").read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    names = [line.split(maxsplit=1)[-1].strip() for line in lines if line.strip()]
-    return names if len(names) == data.k else None

@@ -1,0 +1,80 @@
+"""A training run's folder: what `run.json` holds, and who writes there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vggenc.errors import StoreError, UsageError
+from vggenc.store import differences
+
+RUN = "run.json"
+FORMAT = 1
+"""Of the folder; a reader refuses a later one."""
+GRIDS = "grids"
+"""The features folder of its cached maps."""
+
+
+def open_run(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
+    """Lock a run's folder, after checking that it is one of these settings, or empty.
+
+    Raises:
+        UsageError: a folder with other files, or a run with other settings.
+        StoreError: one that another process writes, or that can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"{folder} is being written by another process") from None
+    except OSError as error:
+        raise StoreError(f"{folder} can't be written: {error.strerror or error}") from error
+    names = {file.name for file in folder.iterdir()} - {".vggenc-lock", f".{RUN}"}
+    try:
+        if (folder / RUN).exists():
+            found = differences(read_run(folder)["settings"], facts["settings"])
+            if found:
+                raise UsageError(
+                    f"{folder} holds a run with other settings: {'; '.join(found)}. Name another folder."
+                )
+        elif names:
+            raise UsageError(f"{folder} holds other files, such as {min(names)}; name an empty or new folder")
+        else:
+            write_json(folder / RUN, {**facts, "selection": None})
+    except BaseException:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        raise
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds.
+
+    Raises:
+        StoreError: it can't be read.
+    """
+    try:
+        run = json.loads((folder / RUN).read_text())
+        if run["format"] > FORMAT:
+            raise StoreError(f"{folder} was written by a later version of vggenc")
+        fields = {name: run[name] for name in ("format", "settings", "grids", "selection")}
+        return {**fields, "data": run.get("data")}  # which the first runs did not note
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / RUN} can't be read as a run: {error}") from error
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that appears under its name only when it is whole.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    partial = file.with_name(f".{file.name}")
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{file} can't be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
