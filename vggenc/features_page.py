@@ -204,7 +204,7 @@ def _folders(paths: list[str]) -> list[str]:
     parents = [PurePosixPath(path).parent.parts for path in paths]
     levels = zip(*parents, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
-    return [parts[shared] if len(parts) > shared else "no folder" for parts in parents]
+    return [parts[shared] if len(parts) > shared else "top level" for parts in parents]
 
 
 def _tiles(good: _Good, manifest: dict[str, Any], progress: bool) -> Html:
