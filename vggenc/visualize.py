@@ -136,7 +136,8 @@ def attention_sheet(
     found = engine(torch.from_numpy(square).permute(2, 0, 1)[None])
     features = {name: values[0] for name, values in found.items()}
     rows = _attribute_rows(square, features, encoder, names)
-    return sheets.draw([[_picture(picture, "", encoder), *rows[0][1:]], *rows[1:]])
+    first = Panel(_picture(picture, "", encoder).image, rows[0][0].lines)
+    return sheets.draw([[first, *rows[0][1:]], *rows[1:]])
 
 
 def read_names(file: Path, k: int) -> list[str]:
