@@ -3,10 +3,8 @@
 import base64
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from test_features_page import make_features
-from test_zsl_run_page import QUICK, make_run, stand_in
+from test_zsl_run_page import QUICK, make_run
 
 from vggenc.features_page import features_page
 from vggenc.page import write_page
@@ -37,7 +35,6 @@ def pages(tmp_path_factory, oxford) -> dict[str, Path]:
     run = make_run(folder)
     with pytest.MonkeyPatch.context() as patch:
         narrow.__wrapped__(patch)
-        patch.setitem(sys.modules, "vggenc.visualize", SimpleNamespace(attention_sheet=stand_in))
         write_page(folder / "run.html", run_page(run, options=QUICK))
     return {name: folder / f"{name}.html" for name in ("features", "run")}
 

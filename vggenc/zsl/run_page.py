@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vggenc.charts import Curve, chart, confusion_matrix
 from vggenc.encoder import VGG19Encoder
@@ -24,8 +23,6 @@ SHEETS = 4
 """Of best images, and of worst ones."""
 MOST_CLASSES = 60
 """For which the confusion matrix is shown whole; else the largest of its numbers are."""
-_SHEET_WIDTH = 960
-"""Pixels, at most."""
 _SETTINGS = {"czsl": "among the unseen classes", "gzsl": "among all classes"}
 
 
@@ -246,6 +243,5 @@ def _sheet(run: _Judged, row: int, caption: str, names: list[str] | None) -> Htm
         image = read(run.data.root / path, max_pixels=run.options.max_pixels).image
     except ImageError as error:  # it was there when its maps were cached
         return missing(f"can't be shown: {error}", path, caption)
-    sheet = attention_sheet(image, run.encoder, names, image_size=size).convert("RGB")
-    sheet.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH), Image.Resampling.LANCZOS)
+    sheet = attention_sheet(image, run.encoder, names, image_size=size)
     return picture(sheet, f"Attention on {caption}", caption)
