@@ -106,6 +106,41 @@ with pytest.MonkeyPatch.context() as patch:
 """
 
 
+COMMAND = """
+import sys
+sys.path.insert(0, "tests")
+import pytest
+from conftest import narrow
+from vggenc.cli import main
+with pytest.MonkeyPatch.context() as patch:
+    narrow.__wrapped__(patch)
+    sys.argv[0] = "vggenc"
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_says_how_to_go_on(toy, tmp_path, number):
+    command = ["zsl", "train", toy, "--output", tmp_path / "run", *HEADS, "--epochs", "50"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "run" / "selection" / LAST).exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    told = process.communicate()[1]
+    assert process.returncode == 1
+    assert told.startswith(
+        f"stopped; finished epochs are in {tmp_path}/run, this goes on:\n  vggenc zsl train "
+    )
+    assert "Traceback" not in told
+
+
 def test_folders_with_other_files_and_other_writers_are_refused(data, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("")

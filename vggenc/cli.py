@@ -1,11 +1,9 @@
 """The command line: arguments, one call, an exit code."""
 
 import os
-import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -20,9 +18,11 @@ from vggenc.console import (
     Json,
     Outputs,
     Weights,
+    interruptible,
     print_facts,
     printable,
     split_outputs,
+    stopped,
 )
 from vggenc.errors import UsageError, VggencError
 from vggenc.inputs import find_images
@@ -164,7 +164,7 @@ def extract_command(
     # What needs no torch comes first, so that a slip is told at once.
     names = split_outputs(outputs)
     images = find_images(inputs)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interruptible()
     try:
         from vggenc.checkpoint import load
         from vggenc.encoder import VGG19Encoder
@@ -176,12 +176,7 @@ def extract_command(
         encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
         summary = extract(images, encoder, names, output, options=options, overwrite=overwrite, progress=True)
     except KeyboardInterrupt:
-        again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg != "--overwrite")])
-        kept = _rows_kept(output)
-        typer.echo(
-            f"stopped; {kept} of {len(images.paths)} rows are in {output}, this goes on:\n  {again}", err=True
-        )
-        raise typer.Exit(UNFINISHED) from None
+        raise stopped(f"{_rows_kept(output)} of {len(images.paths)} rows are in {output}") from None
     facts = {
         "images": summary.images,
         "failed": summary.failed,
@@ -220,7 +215,3 @@ def _rows_kept(folder: Path) -> int:
         return int(read_features(folder, ["path"], partial=True).num_rows)
     except VggencError:
         return 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

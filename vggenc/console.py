@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import re
+import shlex
+import signal
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -67,6 +70,22 @@ def check_viz() -> None:
     """
     if not all(map(importlib.util.find_spec, ("matplotlib", "sklearn"))):
         raise UsageError("pictures need their extra: pip install 'vggenc[viz]'")
+
+
+def interruptible() -> None:
+    """Let SIGTERM do what Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def stopped(what: str) -> typer.Exit:
+    """Say what a stopped command leaves, and which command goes on; what to raise then."""
+    again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg != "--overwrite")])
+    typer.echo(f"stopped; {what}, this goes on:\n  {again}", err=True)
+    return typer.Exit(UNFINISHED)
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:

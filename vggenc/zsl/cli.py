@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from vggenc.console import Backbone, Device, Json, check_writable, print_facts, print_table
+from vggenc.console import (
+    Backbone,
+    Device,
+    Json,
+    check_writable,
+    interruptible,
+    print_facts,
+    print_table,
+    stopped,
+)
 from vggenc.errors import UsageError, one_of
 from vggenc.options import DEFAULT_WEIGHTS, ENGINE_NAMES
 from vggenc.zsl.recipes import HEADS, PUBLISHED_BY_K, RECIPES, Recipe
@@ -139,7 +148,11 @@ def train_command(
         cache=cache,
         tensorboard=tensorboard,
     )
-    run = train(found, output, chosen, setup)
+    interruptible()
+    try:
+        run = train(found, output, chosen, setup)
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of it
+        raise stopped(f"finished epochs are in {output}") from None
     draw_curves(output, output / "curves.png")
     selection, settings = run["selection"], run["settings"]
     facts = {
