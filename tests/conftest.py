@@ -127,15 +127,10 @@ def vggenc(monkeypatch, capfd) -> Callable[..., Result]:
 
 
 class Terminal(io.StringIO):
+    """Something to put in the place of standard error, in a test: pytest sets its own before each."""
+
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture
-def terminal(monkeypatch) -> io.StringIO:
-    """What a terminal as standard error is told."""
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
 
 
 @pytest.fixture

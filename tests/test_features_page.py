@@ -282,4 +282,4 @@ def test_a_missing_extra_is_told(vggenc, made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = vggenc("report", made, "--html", tmp_path / "page.html")
     assert result.returncode == 2
-    assert "report needs its extra: pip install 'vggenc[viz]'" in result.stderr
+    assert "pictures need their extra: pip install 'vggenc[viz]'" in result.stderr

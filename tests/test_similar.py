@@ -76,7 +76,7 @@ def test_many_rows_are_left_to_faiss_where_it_is_installed(features, monkeypatch
     assert asked[-1] == ((1, 512), (2, 512), 2, 0)
 
 
-def test_what_cannot_be_compared_is_a_usage_error(features, oxford, tmp_path, make_encoder):
+def test_what_cannot_be_compared_is_a_usage_error(features, oxford, narrow, tmp_path):
     with pytest.raises(UsageError, match="by must be one of conv3_4, conv5_4; got 'conv2_2'"):
         similar(PHOTOGRAPHS / "cat.jpg", features, by="conv2_2")
     with pytest.raises(UsageError, match="top must be 1 or more"):

@@ -1,10 +1,11 @@
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTOGRAPHS
+from conftest import PHOTOGRAPHS, Terminal
 from PIL import Image
 
 from vggenc import Options, UsageError, VGG19Encoder, sheets, visualize
@@ -148,10 +149,11 @@ def test_names_of_any_length_and_bytes_have_sheets_of_their_own(oxford, tmp_path
     assert len({sheet.file for sheet in sheets if sheet.file.is_file()}) == 4
 
 
-def test_a_terminal_sees_both_passes_over_the_images(oxford, terminal, folder, tmp_path):
+def test_a_terminal_sees_both_passes_over_the_images(oxford, monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     list(show(folder / "deep", oxford, tmp_path / "s", options=SMALL, progress=True))
     for part in ("100%", "8/8", "img/s"):
-        assert part in terminal.getvalue()
+        assert part in sys.stderr.getvalue()
 
 
 def test_names_that_do_not_fit_and_untrained_heads_are_usage_errors(oxford):

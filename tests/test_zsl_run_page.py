@@ -177,6 +177,7 @@ def test_many_classes_are_told_by_their_largest_confusions(run, made, monkeypatc
     assert all(true != predicted for true, predicted, _ in rows)
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_data_set_wherever_it_is_called_from(data, narrow, tmp_path, monkeypatch):
     monkeypatch.chdir(data.folder.parent)
     near = load_data(data.folder.name)
@@ -185,6 +186,7 @@ def test_a_run_knows_its_data_set_wherever_it_is_called_from(data, narrow, tmp_p
     assert noted == {"folder": str(data.folder), "images": str(data.folder / "JPEGImages")}
 
 
+@pytest.mark.slow
 def test_a_data_set_that_has_moved_can_be_named(run, made, tmp_path):
     whole = run_page(run, options=QUICK)
     note = json.loads((run / "run.json").read_text())

@@ -43,6 +43,7 @@ def test_a_run_chooses_on_seen_classes_and_ends_with_a_trained_encoder(data, nar
         train(data, tmp_path / "run", RECIPE, replace(SETUP, heads_only=True, seed=1))
 
 
+@pytest.mark.slow
 def test_only_epochs_after_the_last_fall_of_the_rates_are_chosen(data, narrow, tmp_path, monkeypatch):
     """Accuracies as if the first epochs were best."""
     falling = iter([0.9, 0.8, 0.3, 0.5, 0.4])
@@ -274,6 +275,7 @@ def test_options_that_cannot_be_meant_are_told_before_a_folder_is_made(vggenc, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_image_that_was_mended_lets_the_same_command_go_on(vggenc, narrow, toy, tmp_path):
     shutil.copytree(toy, tmp_path / "toy")
     image = next((tmp_path / "toy").glob("JPEGImages/*/000.png"))
