@@ -152,7 +152,7 @@ def test_names_of_any_length_and_bytes_have_sheets_of_their_own(oxford, tmp_path
 def test_a_terminal_sees_both_passes_over_the_images(oxford, monkeypatch, folder, tmp_path):
     monkeypatch.setattr(sys, "stderr", Terminal())
     list(show(folder / "deep", oxford, tmp_path / "s", options=SMALL, progress=True))
-    for part in ("100%", "8/8", "img/s"):
+    for part in ("100%", "8/8", "img/s", "failed=0"):
         assert part in sys.stderr.getvalue()
 
 

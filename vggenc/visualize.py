@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from vggenc import sheets
 from vggenc.encoder import VGG19Encoder
 from vggenc.engines import Engine
-from vggenc.errors import UsageError
-from vggenc.images import read
+from vggenc.errors import ImageError, UsageError
+from vggenc.images import decode
 from vggenc.inputs import Inputs, find_images
 from vggenc.options import Options
 from vggenc.pipeline import iter_features
@@ -81,7 +81,10 @@ def show(
     trained = _has_heads(encoder)
     components = {name: _Components() for name in STAGE_NAMES}
     with progress_bar(2 * len(images.paths), shown=progress) as bar:
+        failed = 0
         for batch in iter_features(images, encoder, options=options):
+            failed += sum(row.status != "ok" for row in batch.rows)
+            bar.set_postfix(failed=failed, refresh=False)
             for i, row in enumerate(batch.rows):
                 bar.update()
                 for name in STAGE_NAMES if row.status == "ok" else ():
@@ -95,7 +98,11 @@ def show(
                 if row.status != "ok":
                     yield Sheet(row.path, None, row.error)
                     continue
-                picture = read(images.file(done + i), max_pixels=options.max_pixels).image
+                try:
+                    picture = decode(images.file(done + i), max_pixels=options.max_pixels)
+                except ImageError as error:  # it has changed meanwhile
+                    yield Sheet(row.path, None, str(error))
+                    continue
                 features = {name: values[i] for name, values in batch.features.items()}
                 square = _square(encoder, picture, options.image_size)
                 first = _picture(picture, row.path.rpartition("/")[2], encoder)
