@@ -28,7 +28,7 @@ def test_a_folder_becomes_a_table_and_a_summary(vggenc, tmp_path):
     )
     assert float(facts.pop("images/s")) > 0
     assert float(facts.pop("first")) > 0
-    same = {"images": "12", "failed": "0", "engine": "torch", "precision": "fp32"}
+    same = {"images": "12", "failed": "0", "computed": "12", "engine": "torch", "precision": "fp32"}
     assert facts == {**same, "folder": f"{tmp_path}/f"}
     assert read_features(tmp_path / "f").num_rows == 12
 
@@ -40,7 +40,7 @@ def test_failed_images_are_told_and_exit_with_3(vggenc, folder, tmp_path):
     assert result.returncode == 3
     summary = json.loads(result.stdout)
     assert summary.pop("images/s") > summary.pop("first part s") > 0
-    same = {"images": 17, "failed": 7, "engine": "torch", "precision": "fp32"}
+    same = {"images": 17, "failed": 7, "computed": 17, "engine": "torch", "precision": "fp32"}
     assert summary == {**same, "folder": f"{tmp_path}/f"}
     lines = result.stderr.splitlines()
     assert lines[0] == "7 of 17 images failed:"
@@ -158,6 +158,20 @@ def test_interruption_leaves_whole_parts_and_says_how_to_go_on(folder, tmp_path,
     names = {file.name for file in (tmp_path / "f").iterdir()}
     assert all(re.fullmatch(r"part-\d{5}\.parquet|manifest\.json", name) for name in names)
     assert read_features(tmp_path / "f", partial=True).num_rows == 2 * (len(names) - 1)
+
+
+def test_an_interruption_before_the_folder_is_the_runs_own_tells_of_no_rows(vggenc, tmp_path, monkeypatch):
+    vggenc("extract", PHOTOGRAPHS, "--output", tmp_path / "f", *FAST)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vggenc.checkpoint.load", interrupted)
+    result = vggenc("extract", PHOTOGRAPHS, "--output", tmp_path / "f", "--overwrite", *FAST)
+    assert result.returncode == 1
+    assert result.stderr.startswith("stopped; nothing was written, this goes on:\n")
+    assert "--overwrite" in result.stderr
+    assert read_features(tmp_path / "f").num_rows == 12
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal(vggenc, folder, tmp_path):

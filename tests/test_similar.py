@@ -105,7 +105,7 @@ def test_the_contact_sheet_shows_the_query_then_the_neighbours(features, monkeyp
     sheet = contact_sheet(PHOTOGRAPHS / "cat.jpg", features, found)
     query, first, *others = (panel for row in rows for panel in row)
     assert query.image.tobytes() == first.image.tobytes()
-    assert query.lines == ("query", "cat.jpg")
+    assert query.lines == ("query, cosines of conv5_4", "cat.jpg")
     assert [panel.lines[1] for panel in (first, *others)] == [one.path for one in found]
     assert sheet.width < 1000
 
@@ -125,7 +125,7 @@ def test_the_command_prints_a_table_and_writes_a_sheet(vggenc, features, tmp_pat
     result = vggenc("similar", PHOTOGRAPHS / "cat.jpg", features, "--top", 3, "--sheet", sheet)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["cosine", "path"]
+    assert lines[0].split() == ["cosine", "of", "conv5_4", "path"]
     assert lines[1].split() == ["1.0000", "cat.jpg"]
     assert len(lines) == 4
     with Image.open(sheet) as image:

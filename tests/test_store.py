@@ -158,6 +158,8 @@ def test_parts_without_their_manifest_are_taken_over_only_to_be_replaced(tmp_pat
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UsageError, match=r"lost its manifest\.json"), new_store(tmp_path):
         pass
+    with pytest.raises(UsageError, match=r"has no manifest\.json, though it has parts: put it back"):
+        read_features(tmp_path)
     with new_store(tmp_path, overwrite=True) as it:
         assert it.missing() == [0, 1]
 

@@ -159,6 +159,8 @@ def test_a_terminal_sees_both_passes_over_the_images(oxford, monkeypatch, folder
 def test_names_that_do_not_fit_and_untrained_heads_are_usage_errors(oxford):
     with pytest.raises(UsageError, match="attributes; got 2 names"):
         list(show(PHOTOGRAPHS, oxford, "sheets", names=["a", "b"]))
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        list(show(PHOTOGRAPHS, oxford, PHOTOGRAPHS / "cat.jpg"))
     with pytest.raises(UsageError, match="never trained"):
         attention_sheet(Image.new("RGB", (64, 64)), oxford)
 
@@ -177,7 +179,7 @@ def test_the_command_writes_a_sheet_for_each_image_and_tells_failures(vggenc, fo
     result = vggenc("show", folder / "1.png", folder / "2.png", "--output", tmp_path / "s", *options)
     assert result.returncode == 3
     assert result.stdout == f"{tmp_path}/s/2.png.png\n"
-    assert result.stderr == "1.png: empty file\n"
+    assert result.stderr == "1.png: empty file\n1 of 2 images failed\n"
     (tmp_path / "names.txt").write_text("1 black\n2 white\n")
     result = vggenc(
         "show", folder / "2.png", "--output", tmp_path / "s", "--names", tmp_path / "names.txt", *options

@@ -227,7 +227,7 @@ def test_commands_go_from_nothing_to_a_report(vggenc, narrow, tmp_path):
     ]
     result = vggenc(*command)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "up to conv5_4" in result.stdout
+    assert "the heads and fc_layers, which the weights lack" in result.stdout
     assert "seen classes held out for validation" in result.stdout
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "training" / "tensorboard").glob("events*"))

@@ -175,11 +175,14 @@ def extract_command(
         checkpoint = load(weights, backbone)
         encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
         summary = extract(images, encoder, names, output, options=options, overwrite=overwrite, progress=True)
-    except KeyboardInterrupt:
-        raise stopped(f"{_rows_kept(output)} of {len(images.paths)} rows are in {output}") from None
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            raise stopped("nothing was written") from None
+        raise stopped(f"{stop.args[0]} of {len(images.paths)} rows are in {output}", "--overwrite") from None
     facts = {
         "images": summary.images,
         "failed": summary.failed,
+        "computed": summary.computed,
         "images/s": summary.images_per_second and round(summary.images_per_second, 2),
         "first part s": summary.first_part and round(summary.first_part, 2),
         "engine": summary.engine,
@@ -206,12 +209,3 @@ app.command("report")(viewers.report)
 weights_app.command("list")(tools.weights_list)
 weights_app.command("fetch")(tools.weights_fetch)
 weights_app.command("verify")(tools.weights_verify)
-
-
-def _rows_kept(folder: Path) -> int:
-    from vggenc.parts import read_features
-
-    try:
-        return int(read_features(folder, ["path"], partial=True).num_rows)
-    except VggencError:
-        return 0

@@ -81,9 +81,9 @@ def interruptible() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def stopped(what: str) -> typer.Exit:
-    """Say what a stopped command leaves, and which command goes on; what to raise then."""
-    again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg != "--overwrite")])
+def stopped(what: str, *without: str) -> typer.Exit:
+    """Say what a stopped command leaves, and which command goes on, `without` some options; what to raise."""
+    again = shlex.join(["vggenc", *(arg for arg in sys.argv[1:] if arg not in without)])
     typer.echo(f"stopped; {what}, this goes on:\n  {again}", err=True)
     return typer.Exit(UNFINISHED)
 

@@ -114,11 +114,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise StoreError(f"{folder} was written by a later version of vggenc")
         return {name: manifest[name] for name in _FIELDS}
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{folder} is no features folder: it has no {MANIFEST}") from None
+        why = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        if any(folder.glob("part-*.parquet")):
+            why += ", though it has parts: put it back, or extract again with --overwrite"
+        raise UsageError(f"{folder} is no features folder: {why}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{folder / MANIFEST} can't be read as a manifest ({error!r}); --overwrite (overwrite=True) "
-            "replaces the run"
+            f"{folder / MANIFEST} can't be read as a manifest ({error}); put it back, or extract again with "
+            "--overwrite (overwrite=True)"
         ) from error
 
 
@@ -168,8 +171,8 @@ def _finished_parts(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     count = -(-manifest["rows"] // manifest["part_size"])
     if len(files) < count:
         raise StoreError(
-            f"{folder} has {len(files)} of {count} parts; finish it with the command that began it, or read "
-            "what is there with partial=True"
+            f"{folder} has {len(files)} of {count} parts; the command that began it finishes it (in Python, "
+            "read_features with partial=True reads what is there)"
         )
     return files
 

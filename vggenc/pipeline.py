@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -135,6 +135,7 @@ def extract(
     Raises:
         UsageError: as for `iter_features`, or a folder that holds other things or a run with other settings.
         StoreError: a folder that another process writes, or that can't be written.
+        KeyboardInterrupt: with the number of rows in the folder, once that is this run's.
     """
     begun = time.perf_counter()
     options = options or Options()
@@ -164,7 +165,11 @@ def extract(
         store.write(part, rows, arrays, whole)
         first_part = first_part or time.perf_counter() - begun
 
-    with store, ThreadPoolExecutor(1) as writer:  # a part is written while the next one is computed
+    with (
+        store,
+        _telling(store),
+        ThreadPoolExecutor(1) as writer,
+    ):  # a part is written while the next one is computed
         missing = store.missing()
         if missing:
             _prepare(engine, images, options, store, resumed=len(missing) < store.parts())
@@ -199,6 +204,16 @@ def extract(
         precision=engine.precision,
         folder=os.fspath(output),
     )
+
+
+@contextmanager
+def _telling(store: Store) -> Iterator[None]:
+    """Let an interruption say how many rows are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        lacking = sum(len(store.part_rows(part)) for part in store.missing())
+        raise KeyboardInterrupt(store.rows - lacking) from None
 
 
 def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> Engine:

@@ -155,10 +155,14 @@ def _largest(
 
 
 def contact_sheet(
-    query: str | os.PathLike[str], folder: str | os.PathLike[str], neighbours: list[Neighbour]
+    query: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    neighbours: list[Neighbour],
+    *,
+    by: str | None = None,
 ) -> Image.Image:
-    """The query and its neighbours as one picture, in their order; a file that is gone is a grey square."""
-    root = read_manifest(folder)["root"]
+    """The query and what `similar` found by an output, in order; a file that is gone is a grey square."""
+    manifest = read_manifest(folder)
 
     def panel(file: str | os.PathLike[str], *lines: str) -> Panel:
         try:
@@ -167,7 +171,7 @@ def contact_sheet(
             image = missing(str(error))
         return Panel(image, lines)
 
-    panels = [panel(query, "query", os.path.basename(query))]
+    panels = [panel(query, f"query, cosines of {compared(manifest, by)}", os.path.basename(query))]
     for path, cosine in neighbours:
-        panels.append(panel(image_file(root, path), f"{cosine:.4f}", path))
+        panels.append(panel(image_file(manifest["root"], path), f"{cosine:.4f}", path))
     return draw([panels[i : i + _COLUMNS] for i in range(0, len(panels), _COLUMNS)])

@@ -43,7 +43,11 @@ def show(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Draw what the network sees in each image: stages, channels, attributes on one PNG sheet (extra viz)."""
+    """Draw what the network sees in each image: stages, channels, attributes on one PNG sheet (extra viz).
+
+    Sheets lie in the folder as their images do below the deepest folder common to all. Exit code: 0 all fine,
+    1 could not finish, 2 wrong usage, 3 finished with failed images.
+    """
     check_viz()
     images = find_images(inputs)
     from vggenc.checkpoint import load
@@ -66,6 +70,7 @@ def show(
         else:
             typer.echo(printable(str(sheet.file)))
     if failed:
+        typer.echo(f"{failed} of {len(images.paths)} images failed", err=True)
         raise typer.Exit(FAILED_IMAGES)
 
 
@@ -89,17 +94,19 @@ def similar(
         check_viz()
         check_writable(sheet)
     from vggenc.engines import pick_device
+    from vggenc.parts import compared, read_manifest
     from vggenc.sheets import save
     from vggenc.similar import contact_sheet
     from vggenc.similar import similar as find_similar
 
     found = find_similar(query, features, by=by, top=top, weights=weights, device=pick_device(device))
     if sheet:
-        save(contact_sheet(query, features, found), sheet)
+        save(contact_sheet(query, features, found, by=by), sheet)
     if as_json:
         typer.echo(json.dumps([neighbour._asdict() for neighbour in found], indent=2))
     else:
-        print_table([{"cosine": f"{one.cosine:.4f}", "path": printable(one.path)} for one in found])
+        heading = f"cosine of {compared(read_manifest(features), by)}"
+        print_table([{heading: f"{one.cosine:.4f}", "path": printable(one.path)} for one in found])
 
 
 def report(

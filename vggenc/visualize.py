@@ -72,10 +72,12 @@ def show(
         A `Sheet` for each image, in order, as soon as it is written.
 
     Raises:
-        UsageError: inputs that don't exist, or a wrong number of names.
+        UsageError: inputs that don't exist, a wrong number of names, or a file in the place of the folder.
         StoreError: a sheet that can't be written.
     """
     _check_names(names, encoder.k)
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UsageError(f"{output} is a file, not a folder")
     images = find_images(inputs)
     options = replace(options or Options(), pool="none", batch_size=4)
     trained = _has_heads(encoder)

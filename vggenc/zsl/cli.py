@@ -57,6 +57,16 @@ def _recipe(name: str | None, k: int, split: str, heads_only: bool) -> Recipe:
     return HEADS if heads_only else RECIPES[f"{name}-{split}"]
 
 
+def _trained(freeze: str | None) -> str:
+    if freeze is None:
+        return "the whole network"
+    return (
+        "the heads"
+        if freeze == "fc7"
+        else f"the heads and fc_layers, which the weights lack (up to {freeze}: frozen)"
+    )
+
+
 @app.command("make-toy")
 def make_toy_command(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -159,7 +169,7 @@ def train_command(
         "folder": str(output),
         "split": f"{split} {settings['data']['sha256'][:16]}",
         "images": "{} to train on, {} seen and {} unseen to test on".format(*settings["data"]["images"]),
-        "frozen": f"up to {settings['recipe']['freeze']}" if settings["recipe"]["freeze"] else "nothing",
+        "trained": _trained(settings["recipe"]["freeze"]),
         "epochs": selection["epochs"],
         "chosen on": selection["on"],
         "its MCA": round(selection["mca"], 4),
