@@ -21,7 +21,6 @@ RECIPE = Recipe(epochs=2, backbone_lr=1e-4, fc_lr=1e-3, head_lr=1e-3, batch_size
 GENTLE = replace(RECIPE, backbone_lr=1e-5, fc_lr=1e-5, head_lr=1e-5)  # at which rounding doesn't grow
 SETUP = Setup(weights="OXFORD_V1", device="cpu", num_workers=0)
 SMALL = Options(image_size=32, num_workers=0, allow_untrained=True)
-HEADS = ["--heads-only", "--weights", "OXFORD_V1", "--image-size", 32, "--device", "cpu"]
 
 
 def fresh(data, recipe=RECIPE, **options) -> Training:
@@ -140,14 +139,16 @@ def test_rates_fall_to_a_tenth_after_the_epochs_of_the_recipe(data, narrow, tmp_
 
 PROCESS = """
 import sys
+from pathlib import Path
 sys.path.insert(0, "tests")
 import pytest, test_zsl_training as t
 from conftest import narrow
+from vggenc.zsl import load_data
 with pytest.MonkeyPatch.context() as patch:
     narrow.__wrapped__(patch)
-    data = t.load_data(sys.argv[1])
+    data = load_data(sys.argv[1])
     module = t.fresh(data, t.replace(t.GENTLE, freeze="fc7"))
-    t.fit(module, t.Path(sys.argv[2]), epochs=2, devices=2)
+    t.fit(module, Path(sys.argv[2]), epochs=2, devices=2)
 """
 
 
