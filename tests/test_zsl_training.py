@@ -90,6 +90,7 @@ def test_an_image_that_cannot_be_read_is_an_error_that_names_it(data, narrow, tm
 # Training
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_bit_by_bit(data, narrow, tmp_path):
     calm = fresh(data)
     expected = fit(calm, tmp_path / "calm", epochs=3)
