@@ -11,7 +11,17 @@ from conftest import PHOTOGRAPHS
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vggenc import Options, UsageError, VGG19Encoder, engines, extract, iter_features, pipeline, read_features
+from vggenc import (
+    Options,
+    UsageError,
+    VGG19Encoder,
+    compute,
+    engines,
+    extract,
+    iter_features,
+    pipeline,
+    read_features,
+)
 from vggenc.images import decode
 
 SMALL = Options(image_size=32, part_size=4, batch_size=3, num_workers=0)
@@ -285,7 +295,7 @@ def test_worker_that_dies_costs_at_most_the_file_that_kills_it(
 ):
     options = Options(image_size=32, batch_size=2, num_workers=2)
     [*expected] = iter_features(folder, oxford, ["conv2_2"], options=options)
-    monkeypatch.setattr(pipeline, "ImageDataset", Killer)
+    monkeypatch.setattr(compute, "ImageDataset", Killer)
     monkeypatch.setattr(Killer, "once", ("4.png",))
     monkeypatch.setattr(Killer, "always", ("deep/3.png",))
     batches = list(iter_features(folder, oxford, ["conv2_2"], options=options))

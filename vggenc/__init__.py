@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vggenc.lazy import names_on_demand
 
 if TYPE_CHECKING:
+    from vggenc.compute import FeatureBatch as FeatureBatch
     from vggenc.encoder import EncoderOutput as EncoderOutput
     from vggenc.encoder import VGG19Encoder as VGG19Encoder
     from vggenc.errors import DataError as DataError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from vggenc.init import weight_init as weight_init
     from vggenc.options import Options as Options
     from vggenc.parts import read_features as read_features
-    from vggenc.pipeline import FeatureBatch as FeatureBatch
     from vggenc.pipeline import Summary as Summary
     from vggenc.pipeline import extract as extract
     from vggenc.pipeline import iter_features as iter_features
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 _names, __getattr__ = names_on_demand(
     __name__,
     {
+        "compute": ["FeatureBatch"],
         "encoder": ["EncoderOutput", "VGG19Encoder"],
         "errors": [
             "DataError",
@@ -41,7 +42,7 @@ _names, __getattr__ = names_on_demand(
         "export": ["export_network"],
         "init": ["weight_init"],
         "options": ["Options"],
-        "pipeline": ["FeatureBatch", "Summary", "extract", "iter_features"],
+        "pipeline": ["Summary", "extract", "iter_features"],
         "parts": ["read_features"],
     },
 )

@@ -18,6 +18,7 @@ from vggenc.console import (
     Json,
     Outputs,
     Weights,
+    Workers,
     interruptible,
     print_facts,
     printable,
@@ -72,7 +73,7 @@ def _open_streams() -> None:
     """Put the null device where the caller closed a standard stream; else a file of ours gets its number."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         name = ("stdin", "stdout", "stderr")[number]
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+        setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     os.close(number)
 
 
@@ -111,9 +112,7 @@ def extract_command(
     part_size: Annotated[
         int | None, typer.Option(help="Rows in a part on disk.", show_default="256; 32 for whole maps")
     ] = Options.part_size,
-    num_workers: Annotated[
-        int | None, typer.Option(help="Decoding processes; 0: decode in this one.", show_default="cores - 1")
-    ] = Options.num_workers,
+    num_workers: Workers = Options.num_workers,
     device: Device = "auto",
     engine: Annotated[
         str, typer.Option(help=f"What computes: {', '.join(ENGINE_NAMES)} (the fastest installed).")

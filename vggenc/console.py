@@ -31,6 +31,10 @@ Outputs = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Decoding processes; 0: decode in this one.", show_default="cores - 1"),
+]
 FAILED_IMAGES, USAGE, UNFINISHED = 3, 2, 1
 """Exit codes besides 0."""
 K_WITHOUT_HEADS = 85
@@ -55,10 +59,11 @@ def check_writable(file: Path) -> None:
     """See that a file can be written before the work that it is to hold begins.
 
     Raises:
-        UsageError: a folder, or a file in one that isn't there or can't be written.
+        UsageError: a folder or a device, or a file in a folder that isn't there or can't be written.
     """
     folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+    other = file.exists() and not file.is_file()  # a device would be replaced
+    if other or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
         raise UsageError(f"{file} can't be written: it must be a file in a folder that is there")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vggenc.charts import Point, scatter
 from vggenc.page import Html, Section, facts, join, page, table, tag, thumbnail
-from vggenc.parts import compared, image_file, read_features, read_manifest
+from vggenc.parts import compared, image_file, iter_parts, read_features, read_manifest, vectors
 from vggenc.progress import progress_bar
 
 SAMPLE = 2000
@@ -59,7 +59,7 @@ def features_page(folder: Path, *, by: str | None = None, progress: bool = False
     """
     manifest = read_manifest(folder)
     by = compared(manifest, by)
-    rows = read_features(folder, [*_ROW_COLUMNS, *([by] if by else [])], partial=True)
+    rows = read_features(folder, _ROW_COLUMNS, partial=True)
     failed = rows.filter(pc.field("status") != "ok").select(["path", "error"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)
     sample = rows.take(spread)
@@ -67,7 +67,7 @@ def features_page(folder: Path, *, by: str | None = None, progress: bool = False
     clusters: dict[int, int] = {}
     if by and len(good):
         paths = sample["path"].take(good).to_pylist()
-        values = _matrix(sample[by].take(good))
+        values = _sampled(folder, by, spread[good])
         found = _Good(good, paths, _folders(paths), by, values, *_clusters(values))
         clusters = dict(zip(good.tolist(), found.labels.tolist(), strict=True))
         alike = [
@@ -87,7 +87,7 @@ def features_page(folder: Path, *, by: str | None = None, progress: bool = False
         Section("Summary", _summary(folder, manifest, len(rows), len(failed))),
         Section("Failures", _failures(failed)),
         *alike,
-        Section("Rows", _rows(sample.select(list(_ROW_COLUMNS)), spread, clusters, len(rows))),
+        Section("Rows", _rows(sample, spread, clusters, len(rows))),
     ]
     return page(f"Features in {folder.absolute().name}", f"{lead}.", sections)
 
@@ -139,12 +139,16 @@ def _rows(sample: pa.Table, numbers: NDArray[np.int64], clusters: dict[int, int]
     return table(f"{note}; sizes in pixels", columns, cells, anchors=anchors)
 
 
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Vectors without nulls as rows of length 1, so that distances go by direction."""
+def _sampled(folder: Path, by: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Vectors of some rows, all of them ok, at length 1, so that distances go by direction."""
     from sklearn.preprocessing import normalize
 
-    values = column.combine_chunks().flatten().to_numpy().astype(np.float32).reshape(len(column), -1)
-    unit: NDArray[np.float32] = normalize(values)
+    found, begin = [], 0
+    for part in iter_parts(folder, [by], partial=True):
+        mine = rows[(rows >= begin) & (rows < begin + len(part))] - begin
+        found.append(vectors(part[by].take(mine))[0])
+        begin += len(part)
+    unit: NDArray[np.float32] = normalize(np.concatenate(found))
     return unit
 
 

@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 from vggenc import __version__
 from vggenc.console import printable
-from vggenc.errors import ImageError, StoreError
+from vggenc.errors import ImageError
 from vggenc.images import read
+from vggenc.whole import whole_file
 
 _STYLE, _SCRIPT = (files("vggenc").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
 _LONG = 44
@@ -247,16 +248,10 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def write_page(file: Path, text: str) -> None:
-    """Write a page that appears under its name only when it is whole.
+    """Write a page, whole or not at all.
 
     Raises:
         StoreError: it can't be written.
     """
-    partial = file.with_name(f".{file.name}")
-    try:
+    with whole_file(file) as partial:
         partial.write_text(text, "utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise StoreError(f"{file} can't be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from vggenc.errors import StoreError, UsageError, one_of
@@ -137,6 +139,14 @@ def compared(manifest: dict[str, Any], by: str | None) -> str | None:
     if by not in vectors:
         raise one_of("by", by, vectors)
     return by
+
+
+def vectors(column: pa.ChunkedArray) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The vectors of a column, `(n, d)`, and the rows that have one."""
+    values = column.combine_chunks()
+    rows = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    return flat.reshape(len(rows), column.type.list_size), rows
 
 
 def image_file(root: str, path: str) -> str:

@@ -3,48 +3,32 @@
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from vggenc.checkpoint import state_sha256
+from vggenc.compute import FeatureBatch, as_pixels, chunked, compute, shown
 from vggenc.encoder import VGG19Encoder
-from vggenc.engines import Arrays, Engine
+from vggenc.engines import Engine
 from vggenc.errors import StoreError
-from vggenc.images import ImageDataset, Row
+from vggenc.images import ImageDataset
 from vggenc.inputs import ImageList, Inputs, find_images
 from vggenc.loading import load_batches
 from vggenc.options import Options, check_outputs
 from vggenc.parts import read_features
-from vggenc.progress import progress_bar
 from vggenc.stages import OUTPUTS, STAGE_NAMES
 from vggenc.store import CALIBRATED, Store
 from vggenc.trunks import CALIBRATION_IMAGES
 
 _VALUE_PACKAGES = ("vggenc", "torchvision", "pillow")
 _FAILURES_SHOWN = 5
-
-
-class FeatureBatch(NamedTuple):
-    """Some rows and their features.
-
-    Attributes:
-        rows: one an input file, in input order: `path`, `status`, `error`, `width`, `height`.
-        features: `(len(rows), ...)` for each output; NaN where the row's status is `failed`.
-    """
-
-    rows: list[Row]
-    features: dict[str, NDArray[np.floating]]
 
 
 @dataclass(frozen=True)
@@ -107,8 +91,8 @@ def iter_features(
     images = find_images(inputs)
     _prepare(engine, images, options)
     rows = range(len(images.paths))
-    batches = _compute(images, engine, _chunks(rows, options.batch_size), options)
-    return _shown(batches, len(rows), progress=progress)
+    batches = compute(images, engine, chunked(rows, options.batch_size), options)
+    return shown(batches, len(rows), progress=progress)
 
 
 def extract(
@@ -165,19 +149,16 @@ def extract(
         store.write(part, rows, arrays, whole)
         first_part = first_part or time.perf_counter() - begun
 
-    with (
-        store,
-        _telling(store),
-        ThreadPoolExecutor(1) as writer,
-    ):  # a part is written while the next one is computed
+    # A part is written while the next one is computed.
+    with store, _telling(store), ThreadPoolExecutor(1) as writer:
         missing = store.missing()
         if missing:
             _prepare(engine, images, options, store, resumed=len(missing) < store.parts())
         computed = sum(len(store.part_rows(part)) for part in missing)
-        chunks = [chunk for part in missing for chunk in _chunks(store.part_rows(part), options.batch_size)]
+        chunks = [chunk for part in missing for chunk in chunked(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
-        bare = _compute(images, engine, chunks, options)
-        with closing(_shown(bare, store.rows, store.rows - computed, progress=progress)) as batches:
+        bare = compute(images, engine, chunks, options)
+        with closing(shown(bare, store.rows, store.rows - computed, progress=progress)) as batches:
             written: Future[None] | None = None
             for part in missing:
                 collected: list[FeatureBatch] = []
@@ -262,7 +243,7 @@ def _prepare(
     spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).astype(int)
     dataset = ImageDataset(images, engine.preprocess, options)
     batches = load_batches(dataset, [[int(i)] for i in spread], options.num_workers)
-    engine.prepare((_pixels(batch) for _, batch in batches if batch is not None), file)
+    engine.prepare((as_pixels(batch) for _, batch in batches if batch is not None), file)
 
 
 def _fingerprint(images: ImageList) -> str:
@@ -275,56 +256,3 @@ def _fingerprint(images: ImageList) -> str:
             size = -1
         digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _chunks(rows: range, size: int) -> list[range]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _compute(
-    images: ImageList, engine: Engine, chunks: Sequence[range], options: Options
-) -> Generator[FeatureBatch, None, None]:
-    dataset = ImageDataset(images, engine.preprocess, options)
-    on_gpu = engine.device.type == "cuda"
-    waiting: deque[tuple[list[Row], Callable[[], Arrays]]] = deque()
-    for rows, batch in load_batches(dataset, chunks, options.num_workers, pinned=on_gpu):
-        waiting.append((rows, dict if batch is None else engine.submit(_pixels(batch))))
-        if len(waiting) >= engine.in_flight:
-            yield _batch(engine, *waiting.popleft())
-    while waiting:
-        yield _batch(engine, *waiting.popleft())
-
-
-def _shown(
-    batches: Generator[FeatureBatch, None, None], total: int, done: int = 0, *, progress: bool
-) -> Generator[FeatureBatch, None, None]:
-    """The batches, with a bar that tells rows and failures."""
-    failed = 0
-    with progress_bar(total, shown=progress, initial=done) as bar, closing(batches):
-        for batch in batches:
-            failed += sum(row.status != "ok" for row in batch.rows)
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(len(batch.rows))
-            yield batch
-
-
-def _pixels(batch: Tensor | NDArray[np.uint8]) -> Tensor:
-    return torch.as_tensor(batch).permute(0, 3, 1, 2)
-
-
-def _batch(engine: Engine, rows: list[Row], finish: Callable[[], Arrays]) -> FeatureBatch:
-    """Rows and the features of the good ones among them, put in their places."""
-    good = np.array([row.status == "ok" for row in rows])
-    found = finish()
-    features = {
-        name: np.full((len(rows), *shape), np.nan, engine.dtype) for name, shape in engine.shapes.items()
-    }
-    for name, values in found.items():
-        features[name][good] = values
-    for i in np.flatnonzero(good):
-        if bad := [name for name, values in features.items() if not np.isfinite(values[i]).all()]:
-            error = f"NaN or infinity in {', '.join(bad)} ({engine.precision}, {engine.dtype})"
-            rows[i] = rows[i]._replace(status="failed", error=error)
-            for values in features.values():
-                values[i] = np.nan
-    return FeatureBatch(rows, features)

@@ -1,7 +1,6 @@
 """Panels with captions on a grid, as one picture (extra `viz`)."""
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vggenc.errors import StoreError
+from vggenc.whole import whole_file
 
 SIDE = 180
 """Pixels of a panel's square."""
@@ -90,20 +89,14 @@ def scale(text: tuple[str, ...]) -> Panel:
 
 
 def save(image: Image.Image, file: Path) -> None:
-    """Write a PNG file that appears under its name only when it is whole.
+    """Write a PNG file, in a folder that is made if need be.
 
     Raises:
         StoreError: it can't be written.
     """
-    partial = file.with_name(f".{file.stem[:50]}.{os.getpid()}")
-    try:
+    with whole_file(file) as partial:
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(partial, "PNG")
-        partial.replace(file)
-    except OSError as error:
-        raise StoreError(f"{file} can't be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,7 +16,7 @@ from vggenc.encoder import VGG19Encoder
 from vggenc.errors import ImageError, UsageError
 from vggenc.images import decode
 from vggenc.options import Options
-from vggenc.parts import compared, image_file, iter_parts, read_manifest
+from vggenc.parts import compared, image_file, iter_parts, read_manifest, vectors
 from vggenc.pipeline import iter_features, parameters_sha256
 from vggenc.sheets import Panel, draw, missing
 from vggenc.weights import REGISTRY
@@ -83,7 +82,7 @@ def similar(
     best: list[tuple[float, int, str]] = []
     begin = 0
     for table in iter_parts(folder, ["path", output]):
-        matrix, kept = _matrix(table, output)
+        matrix, kept = vectors(table[output])
         matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-30)
         scores, rows = _largest(matrix, unit, top, with_faiss=with_faiss)
         places = kept[rows]
@@ -98,7 +97,7 @@ def _stored(folder: str | os.PathLike[str], output: str, name: str) -> NDArray[n
     for table in iter_parts(folder, ["path", output]):
         found = table.filter(pc.field("path") == name)
         if len(found):
-            matrix, _ = _matrix(found, output)
+            matrix, _ = vectors(found[output])
             return matrix[0] if len(matrix) else None
     return None
 
@@ -129,14 +128,6 @@ def _computed(
     if batch.rows[0].error:
         raise ImageError(f"{os.fspath(query)}: {batch.rows[0].error}")
     return batch.features[output].reshape(-1).astype(np.float32)
-
-
-def _matrix(table: pa.Table, output: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The vectors of a table, `(n, d)`, and the rows that have one."""
-    column = table[output].combine_chunks()
-    kept = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return flat.reshape(len(kept), column.type.list_size), kept
 
 
 def _largest(

@@ -13,6 +13,7 @@ from vggenc.console import (
     Device,
     Json,
     Weights,
+    Workers,
     check_viz,
     check_writable,
     print_facts,
@@ -38,9 +39,7 @@ def show(
     image_size: Annotated[
         int | None, typer.Option(help="Side of the square seen.", show_default="the weights' own, 224")
     ] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(help="Decoding processes.", show_default="cores - 1")
-    ] = None,
+    num_workers: Workers = None,
     device: Device = "auto",
 ) -> None:
     """Draw what the network sees in each image: stages, channels, attributes on one PNG sheet (extra viz).
@@ -140,6 +139,7 @@ def report(
     check_writable(html)
     from vggenc.page import write_page
     from vggenc.parts import MANIFEST
+    from vggenc.zsl.record import RUN
 
     if (folder / MANIFEST).is_file():
         if data or images:
@@ -148,7 +148,7 @@ def report(
         from vggenc.features_page import features_page
 
         kind, text = "features", features_page(folder, by=by, progress=True)
-    elif (folder / "run.json").is_file():
+    elif (folder / RUN).is_file():
         if by:
             raise UsageError(f"--by is for a features folder; {folder} is a zero-shot run")
         check_extra()
@@ -164,7 +164,7 @@ def report(
     else:
         raise UsageError(
             f"{folder} is neither a features folder of 'vggenc extract' (it has no {MANIFEST}) nor a run of "
-            "'vggenc zsl train' (it has no run.json)"
+            f"'vggenc zsl train' (it has no {RUN})"
         )
     write_page(html, text)
     print_facts({"file": str(html), "of": kind, "MB": round(html.stat().st_size / 1e6, 2)}, as_json)

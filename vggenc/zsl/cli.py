@@ -15,10 +15,12 @@ from vggenc.console import (
     Backbone,
     Device,
     Json,
+    Workers,
     check_writable,
     interruptible,
     print_facts,
     print_table,
+    split_outputs,
     stopped,
 )
 from vggenc.errors import UsageError, one_of
@@ -33,7 +35,6 @@ _NEEDS = ("lightning", "pytorch_metric_learning", "torchmetrics", "sklearn", "sc
 Data = Annotated[Path, typer.Argument(help="A data set: folders as AwA2 comes, or xlsa17's files.")]
 Split = Annotated[str, typer.Option(help="ps: proposed, ss: standard.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images.", show_default="in the data set")]
-Workers = Annotated[int | None, typer.Option(help="Decoding processes.", show_default="cores - 1")]
 
 
 def check_extra() -> None:
@@ -253,7 +254,6 @@ def export_features_command(
     check_extra()
     if format != "xlsa17":
         raise one_of("format", format, ["xlsa17"])
-    from vggenc.console import split_outputs
     from vggenc.engines import pick_device
     from vggenc.options import Options
     from vggenc.zsl.data import load_data

@@ -8,6 +8,7 @@ from filelock import FileLock, Timeout
 
 from vggenc.errors import StoreError, UsageError
 from vggenc.store import differences
+from vggenc.whole import whole_file
 
 RUN = "run.json"
 FORMAT = 1
@@ -30,7 +31,9 @@ def open_run(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
         raise StoreError(f"{folder} is being written by another process") from None
     except OSError as error:
         raise StoreError(f"{folder} can't be written: {error.strerror or error}") from error
-    names = {file.name for file in folder.iterdir()} - {".vggenc-lock", f".{RUN}"}
+    # What a kill may have left of a run that had only begun is no other file.
+    ours = (".vggenc-lock", f".{RUN}")
+    names = {file.name for file in folder.iterdir() if not file.name.startswith(ours)}
     try:
         if (folder / RUN).exists():
             found = differences(read_run(folder)["settings"], facts["settings"])
@@ -65,16 +68,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file that appears under its name only when it is whole.
+    """Write a JSON file, whole or not at all.
 
     Raises:
         StoreError: it can't be written.
     """
-    partial = file.with_name(f".{file.name}")
-    try:
+    with whole_file(file) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        partial.replace(file)
-    except OSError as error:
-        raise StoreError(f"{file} can't be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

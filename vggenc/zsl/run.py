@@ -153,8 +153,9 @@ class _Run:
             self._save(encoder)
         if self.first:
             # Gigabytes that nobody needs any more, and what a kill left.
-            for file in [*self.folder.glob(f"*/{LAST}"), *self.folder.glob(f".{SAFETENSORS_SINGLE_FILE}.*")]:
-                file.unlink()
+            for pattern in (f"*/{LAST}", f".{SAFETENSORS_SINGLE_FILE}.*", f".{RUN}*"):
+                for file in self.folder.glob(pattern):
+                    file.unlink()
         return {**self.facts, "selection": selection}
 
     def _save(self, encoder: VGG19Encoder) -> None:

@@ -20,6 +20,7 @@ from vggenc.encoder import EncoderOutput, VGG19Encoder
 from vggenc.errors import DataError, VggencError
 from vggenc.loading import init_worker
 from vggenc.progress import progress_bar
+from vggenc.whole import whole_file
 from vggenc.zsl.batches import Batch, ClassBalanced, GridBatches, Grids, ImageBatches
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.objective import Objective
@@ -272,9 +273,7 @@ def fit(
 def write_history(file: Path, history: History) -> None:
     """Write the numbers of a history as CSV."""
     rows = [{key: value for key, value in row.items() if isinstance(value, (int, float))} for row in history]
-    partial = file.with_name(f".{file.name}")
-    with partial.open("w", newline="") as stream:
+    with whole_file(file) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(file)

@@ -1,6 +1,5 @@
 """The layout of xlsa17 (Xian et al., TPAMI 2019), which most zero-shot repositories read: in and out."""
 
-import os
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from vggenc.errors import DataError, UsageError
 from vggenc.inputs import find_images
+from vggenc.whole import whole_file
 from vggenc.zsl.data import SPLITS, ZSLData, assemble
 
 FEATURES, ATTRIBUTES, CLASSES = "res101.mat", "att_splits.mat", "allclasses.txt"
@@ -104,12 +104,8 @@ def write(folder: Path, data: ZSLData, features: NDArray[np.float32]) -> None:
         "val_loc": val[:, None] + 1,
     }
     for name, content in ((FEATURES, images), (ATTRIBUTES, splits)):
-        partial = folder / f".{name}.{os.getpid()}"
-        try:
+        with whole_file(folder / name) as partial:
             savemat(partial, content, appendmat=False)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
     (folder / CLASSES).write_text("".join(f"{name}\n" for name in data.classes))
 
 
