@@ -1,8 +1,11 @@
 """What the tests share: no network, small encoders that cost little, and picture files."""
 
 import io
+import os
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from PIL import Image
 from vggenc import VGG19Encoder
 from vggenc.checkpoint import Checkpoint
 from vggenc.cli import main
+from vggenc.places import place
 from vggenc.weights import REGISTRY
 from vggenc.zsl import load_data, make_toy
 
@@ -179,3 +183,43 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture
 def data(toy):
     return load_data(toy)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Where an S3 server listens, on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        process.kill()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path):
+    """A new bucket's URL."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    url = f"s3://bucket-{os.getpid()}-{time.monotonic_ns()}"
+    place(url).fs.mkdir(url)
+    return url
+
+
+@pytest.fixture
+def photos(bucket, folder):
+    """The ten pictures of `folder` in the bucket, and three files that are none."""
+    (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:400])
+    (folder / "empty.jpg").touch()
+    (folder / "odd #%20?.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture by its name")
+    place(bucket).fs.put(f"{folder}/", f"{bucket}/photos/", recursive=True)
+    return f"{bucket}/photos"

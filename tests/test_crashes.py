@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vggenc import Options, VGG19Encoder, extract, pipeline, read_features
+from vggenc import Options, StoreError, VGG19Encoder, extract, pipeline, read_features
 from vggenc.inputs import find_images
 from vggenc.loading import load_batches
 from vggenc.weights import REGISTRY
@@ -34,7 +34,8 @@ def begin(pictures: Path, target: Path) -> multiprocessing.Process:
     """A run in a process of its own that has begun to write."""
     process = PROCESSES.Process(target=small_parts, args=(pictures, target))
     process.start()
-    while process.is_alive() and not (target / ".vggenc-lock").exists():
+    lock = target / ".vggenc-lock"
+    while process.is_alive() and not (lock.exists() and lock.read_text()):
         time.sleep(0.005)
     return process
 
@@ -143,7 +144,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_an_empty_folder(oxford, folde
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(pipeline.StoreError, match="can't be written"):
+        with pytest.raises(StoreError, match="can't be written"):
             extract(folder, oxford, ["conv2_2"], tmp_path / "f", options=Options(num_workers=0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -361,10 +361,10 @@ def test_files_may_vanish_and_grow_after_they_were_listed(folder):
 class Sleeper(ImageDataset):
     """Hangs in a file, as a decoder that never ends does."""
 
-    def __getitem__(self, index):
+    def item(self, index, source):
         if self.images.paths[index] == "4.png":
             time.sleep(60)
-        return super().__getitem__(index)
+        return super().item(index, source)
 
 
 def test_a_file_that_hangs_its_worker_is_given_up(folder, monkeypatch, watchful_loader):

@@ -223,7 +223,7 @@ def write_many(folder, like, count, *, failed=0):
     with store:
         middles = rng.random((30, 256))
         values = middles[np.arange(count) % 30] + 0.1 * rng.random((count, 256))
-        store.write(0, rows, {"conv3_4": values.astype(np.float32)})
+        store.writer.write(0, rows, {"conv3_4": values.astype(np.float32)})
     return folder
 
 

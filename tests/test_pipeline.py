@@ -281,13 +281,13 @@ class Killer(pipeline.ImageDataset):
     always: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
 
-    def __getitem__(self, index):
+    def item(self, index, source):
         name = self.images.paths[index]
         marker = os.path.join(self.images.root, f"killed-{os.path.basename(name)}")
         if name in self.always or (name in self.once and not os.path.exists(marker)):
             open(marker, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
+        return super().item(index, source)
 
 
 def test_worker_that_dies_costs_at_most_the_file_that_kills_it(

@@ -29,7 +29,7 @@ def new_store(folder, **changes) -> Store:
 
 def test_rows_come_back_as_written_with_null_for_failures(tmp_path):
     with new_store(tmp_path, rows=2) as it:
-        it.write(0, ROWS, VECTORS)
+        it.writer.write(0, ROWS, VECTORS)
     assert read_features(tmp_path).to_pylist() == [
         {**ROWS[0]._asdict(), "conv2_2": [1, 2, 3]},
         {**ROWS[1]._asdict(), "conv2_2": None},
@@ -39,7 +39,7 @@ def test_rows_come_back_as_written_with_null_for_failures(tmp_path):
 
 def test_unfinished_folders_are_told_apart(tmp_path):
     with new_store(tmp_path) as it:
-        it.write(1, ROWS, VECTORS)
+        it.writer.write(1, ROWS, VECTORS)
         assert it.missing() == [0]
     with pytest.raises(StoreError, match="1 of 2 parts"):
         read_features(tmp_path)
@@ -54,14 +54,14 @@ def test_reading_what_is_no_features_folder_is_a_usage_error(tmp_path, name):
 
 def test_unknown_columns_are_named_with_those_there_are(tmp_path):
     with new_store(tmp_path, rows=2) as it:
-        it.write(0, ROWS, VECTORS)
+        it.writer.write(0, ROWS, VECTORS)
     with pytest.raises(UsageError, match=r"conv2_2.*conv9"):
         read_features(tmp_path, ["conv9"])
 
 
 def test_damaged_parts_and_manifests_are_store_errors(tmp_path):
     with new_store(tmp_path, rows=2) as it:
-        it.write(0, ROWS, VECTORS)
+        it.writer.write(0, ROWS, VECTORS)
     (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(StoreError):
         read_features(tmp_path)
@@ -98,7 +98,7 @@ def test_folders_with_other_files_are_refused(tmp_path):
 
 def test_overwriting_removes_only_what_a_run_wrote(tmp_path):
     with new_store(tmp_path, rows=2) as it:
-        it.write(0, ROWS, VECTORS, {"map": np.zeros((2, 1, 1, 1), np.float32)})
+        it.writer.write(0, ROWS, VECTORS | {"map": np.zeros((2, 1, 1, 1), np.float32)})
     (tmp_path / "notes.txt").write_text("mine")
     with new_store(tmp_path, settings={"pool": "max"}, overwrite=True) as it:
         assert it.missing() == [0, 1]
@@ -115,10 +115,10 @@ def test_failed_write_leaves_earlier_parts_and_nothing_else(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with new_store(tmp_path) as it:
-        it.write(0, ROWS, VECTORS)
+        it.writer.write(0, ROWS, VECTORS)
         monkeypatch.setattr(store.pq, "write_table", full)
         with pytest.raises(StoreError, match="No space left"):
-            it.write(1, ROWS, VECTORS)
+            it.writer.write(1, ROWS, VECTORS)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "part-00000.parquet"]
 
 
@@ -133,7 +133,7 @@ def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
 def test_columns_that_cannot_be_meant_are_told(tmp_path):
     settings = {"outputs": {"conv2_2": [3], "conv5_4": [512, 2, 2]}}
     with new_store(tmp_path, rows=2, settings=settings) as it:
-        it.write(0, ROWS, VECTORS, {"conv5_4": np.zeros((2, 512, 2, 2), np.float32)})
+        it.writer.write(0, ROWS, VECTORS | {"conv5_4": np.zeros((2, 512, 2, 2), np.float32)})
     with pytest.raises(UsageError, match=r"such as \['conv2_2'\]"):
         read_features(tmp_path, "conv2_2")
     with pytest.raises(UsageError, match="whole maps of conv5_4, in its safetensors files"):
@@ -142,7 +142,7 @@ def test_columns_that_cannot_be_meant_are_told(tmp_path):
 
 def test_files_of_a_run_have_the_mode_that_the_umask_gives(tmp_path):
     with new_store(tmp_path, rows=2) as it:
-        it.write(0, ROWS, VECTORS, {"map": np.zeros((2, 1, 1, 1), np.float32)})
+        it.writer.write(0, ROWS, VECTORS | {"map": np.zeros((2, 1, 1, 1), np.float32)})
     (tmp_path / "plain").touch()
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
@@ -150,7 +150,7 @@ def test_files_of_a_run_have_the_mode_that_the_umask_gives(tmp_path):
 def fill(folder, **changes) -> None:
     with new_store(folder, **changes) as it:
         for part in it.missing():
-            it.write(part, ROWS, VECTORS)
+            it.writer.write(part, ROWS, VECTORS)
 
 
 def test_parts_without_their_manifest_are_taken_over_only_to_be_replaced(tmp_path):
@@ -214,7 +214,7 @@ def test_maps_of_another_part_are_told(tmp_path):
     settings = {"outputs": {"conv2_2": [3], "conv5_4": [1, 1, 1]}}
     with new_store(tmp_path, settings=settings) as it:
         for part in it.missing():
-            it.write(part, ROWS, VECTORS, {"conv5_4": np.full((2, 1, 1, 1), part, np.float32)})
+            it.writer.write(part, ROWS, VECTORS | {"conv5_4": np.full((2, 1, 1, 1), part, np.float32)})
     assert map_files(tmp_path) == [(tmp_path / f"part-0000{i}.safetensors", 2) for i in (0, 1)]
     shutil.copy(tmp_path / "part-00000.safetensors", tmp_path / "part-00001.safetensors")
     with pytest.raises(StoreError, match="isn't part 1 of the run"), new_store(tmp_path, settings=settings):

@@ -1,9 +1,10 @@
 """From an image file to upright RGB pixels: decode, preprocess, the dataset."""
 
+import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -16,9 +17,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
 from vggenc.endings import ends_early
-from vggenc.errors import ImageError
+from vggenc.errors import ImageError, VggencError
 from vggenc.inputs import FORMATS, ImageList
 from vggenc.options import MAX_PIXELS, Options
+from vggenc.places import MOST_BYTES, fetch, is_url
 
 Image.init()  # so that Image.OPEN holds every format that this Pillow reads
 
@@ -37,6 +39,8 @@ _TURNS = tuple(_UPRIGHT[i] for i in (5, 6, 7, 8))  # these swap width and height
 # A picture longer than this many times its width is cut to its middle before it is resized: the centre
 # crop sees nothing beyond, and a strip of 1 x 20,000 pixels would become 256 x 5,120,000.
 _LONGEST = 16
+Source = str | os.PathLike[str] | bytes | OSError
+"""A file by path or URL, what is in it, or why that isn't to be had."""
 # Times the shorter side after resizing: the size to which a JPEG's own scaling may take it beforehand.
 _ENOUGH = 2
 
@@ -49,44 +53,42 @@ class Decoded(NamedTuple):
     height: int
 
 
-def decode(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(file: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file as an upright RGB picture of 8 bits a channel, at its full size; see `read`."""
     return read(file, max_pixels=max_pixels).image
 
 
-def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Decoded:
+def read(file: Source, *, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Decoded:
     """Read an image file as an upright RGB picture of 8 bits a channel.
 
     EXIF orientation is applied, the first frame of an animation taken, transparency laid onto white, 16-bit
     grey reduced to its upper 8 bits (as Pillow does for 16-bit colour).
 
     Args:
-        file: its path.
+        file: its path or URL, or what `sources` gave for it.
         max_pixels: width times height that is not refused.
         enough: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is quicker, as long
             as its shorter side keeps this many pixels; None: at its full size.
 
     Raises:
         ImageError: whatever keeps the file from becoming such a picture; the message says what.
+        UsageError, StoreError: a URL that can't be meant, or an object store that doesn't answer.
     """
     try:
-        mode = os.stat(file).st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError("a folder that can't be listed" if not os.access(file, os.R_OK) else "a folder")
-        if not stat.S_ISREG(mode):
-            raise ImageError("not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open(file, "rb") as stream, _pixel_limit(max_pixels):
-                if not stream.peek(1):
+            with _stream(file) as stream, _pixel_limit(max_pixels):
+                length = stream.seek(0, os.SEEK_END)
+                if not length:
                     raise ImageError("empty file")
+                stream.seek(0)
                 with _open(stream) as image:
                     size = image.size
                     # A Huffman code takes a bit at least for each block of 8x8 pixels; a decoder that runs
                     # out of them goes on in grey, and doesn't say so.
                     least = size[0] * size[1] // 64 // 8
-                    if image.format in ("JPEG", "MPO") and os.fstat(stream.fileno()).st_size < least:
+                    if image.format in ("JPEG", "MPO") and length < least:
                         raise ImageError(f"too few bytes for {size[0]}x{size[1]} pixels")
                     draft = None if enough is None else (enough, enough)
                     if draft:
@@ -99,10 +101,11 @@ def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: 
                     if turn is None:
                         return Decoded(pixels, *size)
                     return Decoded(pixels.transpose(turn), *(reversed(size) if turn in _TURNS else size))
-    except ImageError:
+    except VggencError:
         raise
     except FileNotFoundError as error:
-        raise ImageError("link to a missing file" if os.path.islink(file) else "no such file") from error
+        link = isinstance(file, str | os.PathLike) and os.path.islink(file)
+        raise ImageError("link to a missing file" if link else "no such file") from error
     except UnidentifiedImageError as error:
         raise ImageError("not an image in a format that is read") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -110,6 +113,28 @@ def read(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, enough: 
     except Exception as error:  # damaged files make Pillow raise nearly anything
         text = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ImageError(f"{type(error).__name__}: {text}"[:200]) from error
+
+
+def sources(files: Sequence[str]) -> Sequence[Source]:
+    """What `read` takes for some files: contents where they lie in an object store, read at the same time."""
+    return fetch(files) if files and is_url(files[0]) else files
+
+
+def _stream(file: Source) -> IO[bytes]:
+    if is_url(file):
+        [file] = fetch([file])
+    if isinstance(file, OSError):
+        raise file
+    if isinstance(file, bytes):
+        if len(file) == MOST_BYTES:
+            raise ImageError(f"{MOST_BYTES >> 20} MiB or more in an object store")
+        return io.BytesIO(file)
+    mode = os.stat(file).st_mode
+    if stat.S_ISDIR(mode):
+        raise ImageError("a folder that can't be listed" if not os.access(file, os.R_OK) else "a folder")
+    if not stat.S_ISREG(mode):
+        raise ImageError("not a regular file")
+    return open(file, "rb")
 
 
 def _open(stream: IO[bytes]) -> Image.Image:
@@ -239,9 +264,16 @@ class ImageDataset(Dataset[tuple[Row, Tensor | None]]):
         return len(self.images.paths)
 
     def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
+        return self.item(index, self.images.file(index))
+
+    def sources(self, indices: Sequence[int]) -> Sequence[Source]:
+        """What `item` takes for some rows."""
+        return sources([self.images.file(index) for index in indices])
+
+    def item(self, index: int, source: Source) -> tuple[Row, Tensor | None]:
+        """A row and its pixels."""
         try:
-            file = self.images.file(index)
-            image, *size = read(file, max_pixels=self.max_pixels, enough=self.enough)
+            image, *size = read(source, max_pixels=self.max_pixels, enough=self.enough)
         except ImageError as error:
             return self.failed(index, str(error)), None
         return Row(self._path(index), "ok", None, *size), self.preprocess.square(image)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vggenc.images import ImageDataset, Row
+from vggenc.errors import VggencError
+from vggenc.images import ImageDataset, Row, Source
 
 Pixels = Tensor | NDArray[np.uint8] | None
 """`(n, H, W, 3)`, uint8; None for no image."""
@@ -58,7 +59,7 @@ def load_batches(
 def _until_a_worker_dies(
     dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[list[Row], Pixels]]:
-    files = _Limited(dataset) if workers and hasattr(signal, "alarm") else dataset
+    files = _Files(dataset, limited=workers > 0 and hasattr(signal, "alarm"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         iterator = iter(
@@ -77,6 +78,8 @@ def _until_a_worker_dies(
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if quiet else None
     try:
         yield from iterator
+    except VggencError as error:  # a worker's comes with its traceback as text
+        raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
     except (RuntimeError, EOFError, OSError) as error:
         # The latter two where a worker dies while it hands over the memory of a batch.
         if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
@@ -87,15 +90,21 @@ def _until_a_worker_dies(
             signal.signal(signal.SIGCHLD, before)
 
 
-class _Limited(Dataset[tuple[Row, Tensor | None]]):
-    """A dataset for workers, where a file that takes too long ends the process."""
+class _Files(Dataset[tuple[Row, Tensor | None]]):
+    """A dataset that is read a batch at a time; `limited`, a file that takes too long ends the process."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: ImageDataset, *, limited: bool) -> None:
         self.dataset = dataset
+        self.limited = limited
 
-    def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Row, Tensor | None]]:
+        return [self._item(*pair) for pair in zip(indices, self.dataset.sources(indices), strict=True)]
+
+    def _item(self, index: int, source: Source) -> tuple[Row, Tensor | None]:
+        if not self.limited:
+            return self.dataset.item(index, source)
         signal.alarm(PATIENCE)
-        item = self.dataset[index]
+        item = self.dataset.item(index, source)
         signal.alarm(0)
         return item
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from vggenc import __version__
 from vggenc.console import printable
-from vggenc.errors import ImageError
+from vggenc.errors import VggencError
 from vggenc.images import read
 from vggenc.whole import whole_file
 
@@ -192,7 +192,7 @@ def thumbnail(file: str | Path, name: str, *, side: int, max_pixels: int) -> Htm
     caption = tag("span", {"title": name}, name.rsplit("/", 1)[-1])
     try:
         image = read(file, max_pixels=max_pixels, enough=side).image
-    except ImageError as error:
+    except VggencError as error:
         return missing(f"can't be shown: {error}", name, caption)
     return picture(ImageOps.fit(image, (side, side)), name, caption)
 

@@ -18,6 +18,7 @@ from vggenc.images import decode
 from vggenc.options import Options
 from vggenc.parts import compared, image_file, iter_parts, read_manifest, vectors
 from vggenc.pipeline import iter_features, parameters_sha256
+from vggenc.places import is_url
 from vggenc.sheets import Panel, draw, missing
 from vggenc.weights import REGISTRY
 
@@ -49,7 +50,7 @@ def similar(
     as the folder's were, but in fp32. All rows are compared, a part at a time.
 
     Args:
-        query: an image file.
+        query: an image file, by path or URL.
         folder: what `extract` wrote, finished.
         by: the output to compare, a column with vectors; None: the deepest.
         top: how many, at most; 1 or more.
@@ -72,7 +73,8 @@ def similar(
     output = compared(manifest, by)
     if output is None:
         raise UsageError(f"{folder} holds whole maps only; similar needs pooled outputs (--pool avg or max)")
-    place = os.path.relpath(os.path.abspath(query), manifest["root"])
+    file = query if is_url(query) else os.path.abspath(query)
+    place = os.path.relpath(file, manifest["root"])
     name = os.fsencode(Path(place).as_posix()).decode("utf-8", "backslashreplace")
     vector = _stored(folder, output, name)
     if vector is None:

@@ -23,6 +23,7 @@ from vggenc.console import (
 from vggenc.errors import UsageError
 from vggenc.inputs import find_images
 from vggenc.options import DEFAULT_WEIGHTS
+from vggenc.places import place
 from vggenc.zsl.cli import check_extra
 
 # torch is imported inside the commands, so that help comes at once.
@@ -74,8 +75,8 @@ def show(
 
 
 def similar(
-    query: Annotated[Path, typer.Argument(help="An image file.")],
-    features: Annotated[Path, typer.Argument(help="A folder that 'vggenc extract' wrote.")],
+    query: Annotated[str, typer.Argument(help="An image file, or its URL.")],
+    features: Annotated[str, typer.Argument(help="A folder that 'vggenc extract' wrote, or its URL.")],
     by: Annotated[str | None, typer.Option(help="Output to compare by.", show_default="the deepest")] = None,
     top: Annotated[int, typer.Option(help="Neighbours, at most.", min=1)] = 12,
     sheet: Annotated[
@@ -109,8 +110,8 @@ def similar(
 
 
 def report(
-    folder: Annotated[
-        Path,
+    where: Annotated[
+        str,
         typer.Argument(
             metavar="RUN_OR_FEATURES", help="A folder of 'vggenc extract' or of 'vggenc zsl train'."
         ),
@@ -137,6 +138,7 @@ def report(
 ) -> None:
     """Make one HTML page of a features folder or a zero-shot run, which opens in any browser, offline."""
     check_writable(html)
+    folder = place(where)
     from vggenc.page import write_page
     from vggenc.parts import MANIFEST
     from vggenc.zsl.record import RUN

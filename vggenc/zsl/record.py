@@ -1,13 +1,14 @@
 """A training run's folder: what `run.json` holds, and who writes there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from vggenc.errors import StoreError, UsageError
-from vggenc.store import differences
+from vggenc.parts import differences
 from vggenc.whole import whole_file
 
 RUN = "run.json"
@@ -15,6 +16,11 @@ FORMAT = 1
 """Of the folder; a reader refuses a later one."""
 GRIDS = "grids"
 """The features folder of its cached maps."""
+
+
+def is_first() -> bool:
+    """Whether this process is the first, or only, one of a training: the one that writes and speaks."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def open_run(folder: Path, facts: dict[str, Any], lock: FileLock) -> None:
