@@ -1,9 +1,9 @@
 """Whether a long run grows: memory, open files and shared memory of `vggenc extract` over many small images.
 
-    python benchmarks/long_run.py [--images 20000]
+    python benchmarks/long_run.py [--images 20000] [--ray]
 
-Exits with 1 where the median of the last tenth is more than 5 % above that of the tenth that follows the
-first thousand images. Needs Linux.
+Looks at each kind of process while it lives, once a thousand images are on disk, and exits with 1 where the
+median of the last tenth of the time is more than 5 % above that of the first. Needs Linux.
 """
 
 import argparse
@@ -45,15 +45,27 @@ def family(main: int) -> list[int]:
 
 def look(pid: int) -> dict[str, float]:
     """What a process holds: memory of its own and shared memory in MB, and open files."""
-    fields = dict(
-        line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
-    )
+    lines = [line.partition(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    fields = {name: value for name, _, value in lines}
     megabytes = {name: int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssShmem", "VmRSS")}
     return {
         "resident MB": megabytes["VmRSS"] - megabytes["RssShmem"],
         "shared MB": megabytes["RssShmem"],
         "open files": len(os.listdir(f"/proc/{pid}/fd")),
     }
+
+
+def kind(pid: int, main: int) -> str:
+    """What a process of a run does."""
+    if pid == main:
+        return "main process"
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    if not command.startswith(b"ray") and b"/ray/" not in command:
+        return "workers"
+    for name in ("_Decoder", "_Computer"):
+        if name.encode() in command:
+            return f"{name[1:]} actors"
+    return ""  # Ray's own, which come and go; it also bounds the memory that its processes share
 
 
 def watch(run: subprocess.Popen[bytes], parts: Path, part_size: int) -> list[tuple[int, str, float]]:
@@ -63,15 +75,13 @@ def watch(run: subprocess.Popen[bytes], parts: Path, part_size: int) -> list[tup
         time.sleep(0.25)
         done = len(list(parts.glob("part-*.parquet"))) * part_size
         try:
-            pids = family(run.pid)
-            seen = [look(pid) for pid in pids]
+            seen = [(kind(pid, run.pid), look(pid)) for pid in family(run.pid)]
         except (OSError, KeyError):  # one of them has just ended
             continue
-        for fact, value in seen[0].items():
-            samples.append((done, f"main process, {fact}", value))
-        if len(seen) > 1:
-            for fact in seen[0]:
-                samples.append((done, f"workers, {fact}", sum(each[fact] for each in seen[1:])))
+        for which in dict.fromkeys(which for which, _ in seen if which):
+            for fact in seen[0][1] if "actors" not in which else ("resident MB", "open files"):
+                total = sum(each[fact] for name, each in seen if name == which)
+                samples.append((done, f"{which}, {fact}", total))
         shm = sum(entry.stat().st_size for entry in os.scandir("/dev/shm") if entry.is_file())
         samples.append((done, "/dev/shm, named MB", shm / 2**20))
     return samples
@@ -81,12 +91,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--part-size", type=int, default=256)
+    parser.add_argument("--ray", action="store_true", help="on a cluster of this machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, output = Path(scratch) / "images", Path(scratch) / "features"
         folder.mkdir()
         photographs(folder, arguments.images)
-        options = "--weights OXFORD_V1 --outputs conv2_2 --image-size 32 --num-workers 1"
+        options = "--weights OXFORD_V1 --outputs conv2_2 --image-size 32 "
+        options += "--ray local --ray-workers 1" if arguments.ray else "--num-workers 1"
         command = [sys.executable, "-m", "vggenc", "extract", str(folder), "--output", str(output)]
         command += [*options.split(), "--part-size", str(arguments.part_size)]
         begun = time.monotonic()
@@ -96,17 +108,17 @@ def main() -> int:
     if run.returncode != 3:  # finished, with failed images
         print(f"the run ended with {run.returncode}", file=sys.stderr)
         return 1
-    tenth = (arguments.images - WARM) / 10
     print(f"{arguments.images} images in {seconds:.0f} s")
-    print(f"{'':28}{f'{WARM} to {WARM + tenth:.0f}':>16}{'last tenth':>16}{'ratio':>8}")
+    print(f"{'':34}{'first tenth':>12}{'last tenth':>12}{'ratio':>8}")
     grown = False
+    samples = [sample for sample in samples if sample[0] >= WARM]
     for name in dict.fromkeys(name for _, name, _ in samples):
-        early = [v for done, what, v in samples if what == name and WARM <= done < WARM + tenth]
-        late = [v for done, what, v in samples if what == name and done >= arguments.images - tenth]
-        first, last = statistics.median(early), statistics.median(late)
+        values = [value for _, what, value in samples if what == name]
+        tenth = -(-len(values) // 10)
+        first, last = statistics.median(values[:tenth]), statistics.median(values[-tenth:])
         ratio = last / first if first else float(last > 0) + 1
         grown |= ratio > ALLOWED
-        print(f"{name:28}{first:16.1f}{last:16.1f}{ratio:8.3f}")
+        print(f"{name:34}{first:12.1f}{last:12.1f}{ratio:8.3f}")
     return int(grown)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vggenc.errors import WeightsError as WeightsError
     from vggenc.export import export_network as export_network
     from vggenc.init import weight_init as weight_init
+    from vggenc.options import Cluster as Cluster
     from vggenc.options import Options as Options
     from vggenc.parts import read_features as read_features
     from vggenc.pipeline import Summary as Summary
@@ -41,7 +42,7 @@ _names, __getattr__ = names_on_demand(
         ],
         "export": ["export_network"],
         "init": ["weight_init"],
-        "options": ["Options"],
+        "options": ["Cluster", "Options"],
         "pipeline": ["Summary", "extract", "iter_features"],
         "parts": ["read_features"],
     },

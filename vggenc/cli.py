@@ -1,8 +1,9 @@
 """The command line: arguments, one call, an exit code."""
 
 import os
+import re
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -34,10 +35,12 @@ from vggenc.options import (
     MIN_SIZE,
     POOLS,
     PRECISIONS,
+    Cluster,
     Options,
 )
 from vggenc.zsl.cli import app as zsl_app
 
+_ADDRESS = re.compile(r"auto|local|[^/\s]*(//)?[^/\s]+:\d+")
 # torch is imported inside the commands, so that help comes at once.
 
 app = typer.Typer(
@@ -54,7 +57,7 @@ def main() -> None:
     """Run the command line; errors of this package become one line and an exit code."""
     _open_streams()
     try:
-        app(prog_name="vggenc")
+        app(_with_addresses(sys.argv[1:]), prog_name="vggenc")
     except VggencError as error:
         typer.echo("error: " + "\n".join(map(printable, str(error).split("\n"))), err=True)
         sys.exit(USAGE if isinstance(error, UsageError) else UNFINISHED)
@@ -67,6 +70,16 @@ def main() -> None:
     except OSError as error:  # such as a full disk behind standard output
         typer.echo(f"error: {error}", err=True)
         sys.exit(UNFINISHED)
+
+
+def _with_addresses(arguments: list[str]) -> list[str]:
+    """The arguments, with `auto` after a `--ray` that no address follows."""
+    found = []
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        found.append(argument)
+        if argument == "--ray" and not _ADDRESS.fullmatch(after):
+            found.append("auto")
+    return found
 
 
 def _open_streams() -> None:
@@ -97,11 +110,13 @@ def _root(
 def extract_command(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders, glob patterns, or @list.txt with a file a line."),
+        typer.Argument(
+            help="Image files, folders, glob patterns, URLs (s3://...), or @list.txt with a file a line."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write; an unfinished run in it is resumed.")] = Path(
-        "features"
-    ),
+    output: Annotated[
+        str, typer.Option(help="Folder or URL to write; an unfinished run in it is resumed.")
+    ] = "features",
     outputs: Outputs = None,
     pool: Annotated[
         str, typer.Option(help=f"How a stage's map is handed out: {', '.join(POOLS)} (the whole map).")
@@ -137,6 +152,18 @@ def extract_command(
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="Also write features of layers that were never trained.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Compute on a Ray cluster: HOST:PORT of its head; alone: the one this machine belongs to.",
+            show_default="compute in this process",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(help="Of them that compute on the cluster.", show_default="all it has room for"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")
     ] = False,
@@ -161,6 +188,11 @@ def extract_command(
         allow_untrained=allow_untrained,
     )
     # What needs no torch comes first, so that a slip is told at once.
+    cluster = None if ray is None else Cluster(address=ray, workers=ray_workers, device=device)
+    if cluster and num_workers is not None:
+        raise UsageError("--num-workers is for this machine; how many decode on a cluster is Ray's to say")
+    if ray_workers and not cluster:
+        raise UsageError("--ray-workers goes with --ray")
     names = split_outputs(outputs)
     images = find_images(inputs)
     interruptible()
@@ -170,10 +202,20 @@ def extract_command(
         from vggenc.engines import pick_device
         from vggenc.pipeline import extract
 
-        where = pick_device(device)
+        where = pick_device("cpu" if cluster else device)
         checkpoint = load(weights, backbone)
         encoder = VGG19Encoder(checkpoint.k or K_WITHOUT_HEADS, weights=checkpoint).to(where)
-        summary = extract(images, encoder, names, output, options=options, overwrite=overwrite, progress=True)
+        with redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+            summary = extract(
+                images,
+                encoder,
+                names,
+                output,
+                options=options,
+                cluster=cluster,
+                overwrite=overwrite,
+                progress=True,
+            )
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise stopped("nothing was written") from None

@@ -1,7 +1,7 @@
 """From decoded batches to rows with features; values that aren't finite make a row a failed one."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from vggenc.engines import Arrays, Engine
 from vggenc.images import ImageDataset, Row
 from vggenc.inputs import ImageList
-from vggenc.loading import load_batches
+from vggenc.loading import Pixels, load_batches
 from vggenc.options import Options
 from vggenc.progress import progress_bar
 
@@ -41,13 +41,29 @@ def compute(
     """The features of some rows of a list of files, a chunk at a time, in order; failed rows among them."""
     dataset = ImageDataset(images, engine.preprocess, options)
     on_gpu = engine.device.type == "cuda"
+    yield from computed(load_batches(dataset, chunks, options.num_workers, pinned=on_gpu), engine)
+
+
+def computed(
+    batches: Iterable[tuple[list[Row], Pixels]], engine: Engine
+) -> Generator[FeatureBatch, None, None]:
+    """The features of decoded batches, in order."""
     waiting: deque[tuple[list[Row], Callable[[], Arrays]]] = deque()
-    for rows, batch in load_batches(dataset, chunks, options.num_workers, pinned=on_gpu):
+    for rows, batch in batches:
         waiting.append((rows, dict if batch is None else engine.submit(as_pixels(batch))))
         if len(waiting) >= engine.in_flight:
             yield _batch(engine, *waiting.popleft())
     while waiting:
         yield _batch(engine, *waiting.popleft())
+
+
+def joined(batches: Sequence[FeatureBatch]) -> FeatureBatch:
+    """Several batches as one."""
+    rows = [row for batch in batches for row in batch.rows]
+    names = batches[0].features
+    return FeatureBatch(
+        rows, {name: np.concatenate([one.features[name] for one in batches]) for name in names}
+    )
 
 
 def shown(

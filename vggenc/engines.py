@@ -81,6 +81,16 @@ def pick(options: Options, device: torch.device) -> tuple[str, str]:
     return engine, precision
 
 
+def without(encoder: VGG19Encoder, modules: Iterable[str]) -> VGG19Encoder:
+    """A copy that lacks some modules, and shares its float32 values with the encoder."""
+    tensors = [*encoder.parameters(), *encoder.buffers()]
+    shared = {id(tensor): tensor for tensor in tensors if tensor.dtype == torch.float32}
+    found = copy.deepcopy(encoder, shared)
+    for name in modules:
+        found.add_module(name, nn.Identity())
+    return found
+
+
 class Engine:
     """Runs an encoder in evaluation mode, in a form of its own: the encoder itself is never changed.
 
@@ -136,13 +146,8 @@ class Engine:
                 f"values of these weights may overflow, which the engine {self.name} doesn't show; use torch"
             )
         self.encoder: VGG19Encoder | None = None
-        if self._heads:  # a copy without the stages that shares the values, unless they are of another type
-            tensors = [*encoder.parameters(), *encoder.buffers()]
-            shared = {id(tensor): tensor for tensor in tensors if tensor.dtype == torch.float32}
-            self.encoder = copy.deepcopy(encoder, shared)
-            for name in STAGE_NAMES:
-                self.encoder.add_module(name, nn.Identity())
-            self.encoder.float().eval()
+        if self._heads:
+            self.encoder = without(encoder, STAGE_NAMES).float().eval()
         self.trunk: Trunk | None = None
         self.in_flight = 2 if self.device.type == "cuda" else 1
         # Smaller portions stay in the CPU's cache; with more threads, more images are needed to feed them.
@@ -158,7 +163,8 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What decides the values here, for a manifest."""
-        versions = {name: version(name) for name in ("torch", *_TRUNKS[self.name].packages)}
+        packages = ("vggenc", "torchvision", "pillow", "torch", *_TRUNKS[self.name].packages)
+        versions = {name: version(name) for name in packages}
         facts = {"engine": self.name, "precision": self.precision, "compile": self._compile}
         return {**facts, "versions": versions}
 

@@ -18,6 +18,7 @@ ENGINES = {
 ENGINE_NAMES = ("torch", "ncnn", "openvino", "auto")
 PRECISIONS = (*ENGINES, "auto")
 DTYPES = ("float32", "float16")
+CLUSTER_DEVICES = ("auto", "cuda", "cpu")
 MAX_K = 100_000
 """Attributes: more would take gigabytes for one layer."""
 MIN_SIZE = 32
@@ -98,6 +99,36 @@ class Options:
     def rows_per_part(self) -> int:
         """Rows in one part on disk, with the default resolved."""
         return self.part_size or (256 if self.pool in ("avg", "max") else 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A Ray cluster that computes instead of this process (extra `ray`).
+
+    Attributes:
+        address: of its head, `host:port`; `auto` for the cluster this machine belongs to (or `$RAY_ADDRESS`),
+            and where there is none, one that is started here for the run.
+        workers: how many compute at once; None: as many as there is room for. On GPUs a worker has one, on
+            CPUs all cores of the smallest node but one, which decodes.
+        device: what computes: `cuda`, `cpu`, or `auto` for GPUs where the cluster has any.
+
+    Raises:
+        UsageError: no such device, fewer than one worker, or an address of Ray's client.
+    """
+
+    address: str = "auto"
+    workers: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.device not in CLUSTER_DEVICES:
+            raise one_of("device of a cluster", self.device, CLUSTER_DEVICES)
+        if self.address.startswith("ray://"):
+            raise UsageError(
+                "Ray Data doesn't go through ray://; run the command on the cluster: ray job submit"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers must be 1 or more; got {self.workers}")
 
 
 def check_outputs(outputs: Iterable[str] = STAGE_NAMES) -> tuple[str, ...]:

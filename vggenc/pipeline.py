@@ -3,32 +3,25 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from vggenc.checkpoint import state_sha256
-from vggenc.compute import FeatureBatch, as_pixels, chunked, compute, shown
+from vggenc.compute import FeatureBatch, as_pixels, chunked, compute, joined, shown
 from vggenc.encoder import VGG19Encoder
 from vggenc.engines import Engine
-from vggenc.errors import StoreError
 from vggenc.images import ImageDataset
 from vggenc.inputs import ImageList, Inputs, find_images
 from vggenc.loading import load_batches
-from vggenc.options import Options, check_outputs
-from vggenc.parts import read_features
+from vggenc.options import Cluster, Options, check_outputs
 from vggenc.stages import OUTPUTS, STAGE_NAMES
-from vggenc.store import CALIBRATED, Store
+from vggenc.store import FAILURES_SHOWN, Store, Tally
 from vggenc.trunks import CALIBRATION_IMAGES
-
-_VALUE_PACKAGES = ("vggenc", "torchvision", "pillow")
-_FAILURES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def iter_features(
     """Compute features batch by batch, without a folder on disk.
 
     Args:
-        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.inputs.find_images`.
+        inputs: files, folders, glob patterns, `@list.txt` and URLs, as in `vggenc.inputs.find_images`.
         encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
         outputs: names, as for `VGG19Encoder.encode`.
         options: how; None: the defaults of `Options`.
@@ -102,89 +95,108 @@ def extract(
     output: str | os.PathLike[str] = "features",
     *,
     options: Options | None = None,
+    cluster: Cluster | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Summary:
     """Write the features of many images to a folder, resuming what an earlier run left there.
 
     Args:
-        inputs: files, folders, glob patterns and `@list.txt`, as in `vggenc.inputs.find_images`.
+        inputs: files, folders, glob patterns, `@list.txt` and URLs, as in `vggenc.inputs.find_images`.
         encoder: runs where it lies, in evaluation mode; its own modes and values stay as they are.
         outputs: names, as for `VGG19Encoder.encode`.
-        output: the folder; see `read_features` for what it holds.
+        output: the folder or its URL; see `read_features` for what it holds.
         options: how; None: the defaults of `Options`.
+        cluster: the Ray cluster that computes; None: this process.
         overwrite: replace an earlier run with other settings.
         progress: show a bar on standard error where that is a terminal.
 
     Raises:
         UsageError: as for `iter_features`, or a folder that holds other things or a run with other settings.
-        StoreError: a folder that another process writes, or that can't be written.
+        StoreError: a folder that another process writes, or that can't be written; an object store or a
+            cluster that doesn't answer.
         KeyboardInterrupt: with the number of rows in the folder, once that is this run's.
     """
     begun = time.perf_counter()
     options = options or Options()
-    engine = _engine(encoder, outputs, options)
-    images = find_images(inputs)
-    maps = [name for name, shape in engine.shapes.items() if len(shape) == 3]
-    store = Store(
-        output,
-        settings=_settings(encoder, engine, options),
-        root=images.root,
-        inputs=_fingerprint(images),
-        vectors={name: int(np.prod(shape)) for name, shape in engine.shapes.items() if name not in maps},
-        rows=len(images.paths),
-        part_size=options.rows_per_part,
-        dtype=options.dtype,
-        overwrite=overwrite,
-    )
+    names = check_outputs(outputs)
     first_part = None
+    with ExitStack() as stack:
+        workers = None
+        if cluster is not None:
+            from vggenc.cluster import Workers
 
-    def write(part: int, collected: list[FeatureBatch]) -> None:
-        nonlocal first_part
-        rows = [row for batch in collected for row in batch.rows]
-        arrays = {
-            name: np.concatenate([batch.features[name] for batch in collected]) for name in engine.shapes
-        }
-        whole = {name: arrays.pop(name) for name in maps}
-        store.write(part, rows, arrays, whole)
-        first_part = first_part or time.perf_counter() - begun
-
-    # A part is written while the next one is computed.
-    with store, _telling(store), ThreadPoolExecutor(1) as writer:
+            workers = stack.enter_context(Workers(cluster))
+            options = workers.resolved(options)
+        engine = _engine(encoder, names, options)
+        images = find_images(inputs)
+        store = Store(
+            output,
+            settings=_settings(encoder, engine, options),
+            root=images.root,
+            inputs=_fingerprint(images),
+            vectors={name: int(np.prod(shape)) for name, shape in engine.shapes.items() if len(shape) < 3},
+            rows=len(images.paths),
+            part_size=options.rows_per_part,
+            dtype=options.dtype,
+            overwrite=overwrite,
+        )
+        stack.enter_context(store)
+        stack.enter_context(_telling(store))
+        tallies = store.tallies()
         missing = store.missing()
-        if missing:
-            _prepare(engine, images, options, store, resumed=len(missing) < store.parts())
         computed = sum(len(store.part_rows(part)) for part in missing)
-        chunks = [chunk for part in missing for chunk in chunked(store.part_rows(part), options.batch_size)]
         start = time.perf_counter()
-        bare = compute(images, engine, chunks, options)
-        with closing(shown(bare, store.rows, store.rows - computed, progress=progress)) as batches:
-            written: Future[None] | None = None
-            for part in missing:
-                collected: list[FeatureBatch] = []
-                while sum(len(batch.rows) for batch in collected) < len(store.part_rows(part)):
-                    collected.append(next(batches))
-                    if written and written.done():  # a full disk shows now
-                        written.result()
-                if written:
-                    written.result()
-                written = writer.submit(write, part, collected)
-            if written:
-                written.result()
+        if missing:
+            if workers is None or engine.calibrates:
+                _prepare(engine, images, options, store, resumed=len(missing) < store.parts())
+            if workers is None:
+                start = time.perf_counter()
+                made = _here(images, engine, store, missing, options, progress)
+            else:
+                made = workers.run(images, encoder, engine, store, missing, options, progress=progress)
+            for part, tally in stack.enter_context(closing(made)):
+                tallies[part] = tally
+                first_part = first_part or time.perf_counter() - begun
         seconds = time.perf_counter() - start
-        table = read_features(output, ["path", "status", "error"])
-    bad = table.filter(pc.field("status") != "ok")
+    failures = [failure for part in sorted(tallies) for failure in tallies[part].failures]
     return Summary(
         images=store.rows,
-        failed=bad.num_rows,
-        failures=tuple((row["path"], row["error"]) for row in bad.slice(0, _FAILURES_SHOWN).to_pylist()),
+        failed=sum(tally.failed for tally in tallies.values()),
+        failures=tuple(failures[:FAILURES_SHOWN]),
         computed=computed,
         seconds=seconds,
         first_part=first_part,
         engine=engine.name,
         precision=engine.precision,
-        folder=os.fspath(output),
+        folder=str(store.folder),
     )
+
+
+def _here(
+    images: ImageList, engine: Engine, store: Store, parts: Sequence[int], options: Options, progress: bool
+) -> Generator[tuple[int, Tally], None, None]:
+    """Compute and write parts in this process; one is written while the next is computed."""
+    lacking = sum(len(store.part_rows(part)) for part in parts)
+    chunks = [chunk for part in parts for chunk in chunked(store.part_rows(part), options.batch_size)]
+    bare = compute(images, engine, chunks, options)
+    written: tuple[int, Future[Tally]] | None = None
+    with (
+        ThreadPoolExecutor(1) as thread,
+        closing(shown(bare, store.rows, store.rows - lacking, progress=progress)) as batches,
+    ):
+        for part in parts:
+            collected: list[FeatureBatch] = []
+            while sum(len(batch.rows) for batch in collected) < len(store.part_rows(part)):
+                collected.append(next(batches))
+                if written and written[1].done():  # a full disk shows now
+                    yield written[0], written[1].result()
+                    written = None
+            if written:
+                yield written[0], written[1].result()
+            written = part, thread.submit(store.writer.write, part, *joined(collected))
+        if written:
+            yield written[0], written[1].result()
 
 
 @contextmanager
@@ -206,7 +218,6 @@ def _engine(encoder: VGG19Encoder, outputs: Iterable[str], options: Options) -> 
 
 def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[str, Any]:
     """All that decides the values of a row."""
-    used = engine.settings()
     return {
         "weights": encoder.weights_name,
         "weights_sha256": encoder.weights_sha256,
@@ -218,8 +229,7 @@ def _settings(encoder: VGG19Encoder, engine: Engine, options: Options) -> dict[s
         "full_decode": options.full_decode,
         "max_pixels": options.max_pixels,
         "dtype": options.dtype,
-        **used,
-        "versions": {**{name: version(name) for name in _VALUE_PACKAGES}, **used["versions"]},
+        **engine.settings(),
     }
 
 
@@ -236,23 +246,21 @@ def _prepare(
     if not engine.calibrates:
         engine.prepare()
         return
-    file = store.folder / CALIBRATED if store else None
-    if file and resumed and not file.exists():
-        raise StoreError(f"{file} is gone, which the finished parts were computed with; replace the run")
     count = len(images.paths)
     spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).astype(int)
     dataset = ImageDataset(images, engine.preprocess, options)
     batches = load_batches(dataset, [[int(i)] for i in spread], options.num_workers)
-    engine.prepare((as_pixels(batch) for _, batch in batches if batch is not None), file)
+    sample = (as_pixels(batch) for _, batch in batches if batch is not None)
+    if store is None:
+        engine.prepare(sample)
+        return
+    with store.calibrated(resumed=resumed) as file:
+        engine.prepare(sample, file)
 
 
 def _fingerprint(images: ImageList) -> str:
     """A hash of the names and sizes of the input files, in order."""
     digest = hashlib.sha256()
     for index, path in enumerate(images.paths):
-        try:
-            size = os.stat(images.file(index)).st_size
-        except (OSError, ValueError):  # such as a NUL in a name from a list
-            size = -1
-        digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{path}\0{images.size(index)}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
