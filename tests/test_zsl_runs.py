@@ -2,10 +2,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,75 @@ with pytest.MonkeyPatch.context() as patch:
     sys.argv[0] = "vggenc"
     main()
 """
+
+
+@pytest.mark.slow
+def test_one_process_carries_on_what_two_of_torchrun_began(toy, tmp_path):
+    (tmp_path / "run.py").write_text(COMMAND)
+    train_it = ["zsl", "train", toy, "--output", tmp_path / "run", *HEADS, "--epochs", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = subprocess.Popen(
+        [*launch, tmp_path / "run.py", *map(str, train_it)],
+        cwd=ROOT,
+        env=environment,
+    )
+    history = tmp_path / "run" / "selection" / "history.csv"
+    while two.poll() is None and not (history.exists() and history.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+    for pid in [two.pid, *map(int, children)]:  # torchrun's own death would leave those at work
+        os.kill(pid, signal.SIGKILL)
+    two.wait()
+    assert len(children) == 2
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    began = history.read_text().splitlines()
+    one = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, train_it)], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert one.returncode == 0, one.stderr
+    ended = history.read_text().splitlines()
+    assert len(ended) == 7
+    assert ended[: len(began)] == began
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_trains_to_the_end_and_one_process_speaks(toy, narrow, tmp_path, nodes):
+    """Two processes, on one node or on one each."""
+    (tmp_path / "run.py").write_text(COMMAND)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        nodes,
+        "--nproc-per-node",
+        2 // nodes,
+    ]
+    launch += ["--nnodes", nodes, "--nproc-per-node", 2 // nodes, "--local-addr", "127.0.0.1"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+    train_it = ["zsl", "train", toy, "--output", tmp_path / "run", *HEADS, "--epochs", "2", "--json"]
+    runs = [
+        subprocess.Popen(
+            [str(word) for word in [*launch, tmp_path / "run.py", *train_it]],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(nodes)
+    ]
+    told = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0] * nodes, told
+    assert not any(err for _, err in told), told
+    assert json.loads("".join(out for out, _ in told))["folder"] == str(tmp_path / "run")
+    VGG19Encoder.from_pretrained(tmp_path / "run").check_trained(["attributes"])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from vggenc.console import (
+    UNFINISHED,
     Backbone,
     Device,
     Json,
@@ -115,7 +116,7 @@ def train_command(
         typer.Option("--paper-selection", help="Choose epoch and step on the TEST classes, as published."),
     ] = False,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="GPUs, or CPU processes.", min=1)] = 1,
+    devices: Annotated[int, typer.Option(help="GPUs, or CPU processes; torchrun has its own.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
     engine: Annotated[
         str, typer.Option(help=f"What computes cached features: {', '.join(ENGINE_NAMES)}.")
@@ -133,10 +134,12 @@ def train_command(
     if tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     from vggenc.zsl.data import load_data
+    from vggenc.zsl.record import is_first
     from vggenc.zsl.report import draw_curves
     from vggenc.zsl.run import Setup, train
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it speaks of itself
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # it speaks of itself
     found = load_data(data, split, images=images)
     chosen = _recipe(recipe, found.k, split, heads_only)
     chosen = replace(
@@ -163,7 +166,12 @@ def train_command(
     try:
         run = train(found, output, chosen, setup)
     except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of it
-        raise stopped(f"finished epochs are in {output}") from None
+        if not is_first():
+            raise typer.Exit(UNFINISHED) from None
+        kept = any(output.glob("*/last.ckpt"))
+        raise stopped(f"finished epochs are in {output}" if kept else "no epoch was finished") from None
+    if not is_first():
+        return
     draw_curves(output, output / "curves.png")
     selection, settings = run["selection"], run["settings"]
     facts = {

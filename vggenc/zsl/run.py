@@ -24,7 +24,7 @@ from vggenc.zsl.batches import Grids, cache_grids, check_grid
 from vggenc.zsl.data import ZSLData
 from vggenc.zsl.evaluation import Predictions, Result, best_calibration, best_steps, evaluate, predict
 from vggenc.zsl.recipes import Recipe
-from vggenc.zsl.record import FORMAT, GRIDS, RUN, open_run, read_run, write_json
+from vggenc.zsl.record import FORMAT, GRIDS, RUN, is_first, open_run, read_run, write_json
 from vggenc.zsl.training import LAST, History, Training, fit
 
 _PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -44,7 +44,7 @@ class Setup:
         heads_only: train the heads on maps that are computed once; also `fc_layers` that the weights lack.
         paper_selection: choose epoch and step on the unseen classes' test images, as the published code does.
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one.
-        devices: how many; more than one train with DDP.
+        devices: how many; more than one train with DDP. Under torchrun of no effect: its processes train.
         precision: `fp32` or `bf16` (mixed).
         engine: what computes the cached maps, as in `Options`.
         num_workers: processes that read images; None: one less than there are cores.
@@ -102,6 +102,8 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
         recipe = replace(recipe, freeze="fc7" if has_fc else "conv5_4")
     facts = _facts(data, recipe, setup, checkpoint)
     device = pick_device(setup.device)
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     options = Options(
         image_size=recipe.image_size,
         engine=setup.engine,
@@ -113,7 +115,7 @@ def train(data: ZSLData, output: str | os.PathLike[str], recipe: Recipe, setup: 
         check_grid(options)
     if not setup.paper_selection:
         data.hold_out(setup.seed)  # what can't be held out is told before anything is written
-    first = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    first = is_first()
     lock = FileLock(folder / ".vggenc-lock", timeout=0)
     if first:
         open_run(folder, facts, lock)

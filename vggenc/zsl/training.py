@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-import torch.distributed.nn.functional as distributed
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -46,11 +45,30 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         return super().forward(gathered(x))[own]
 
 
+class _Gather(torch.autograd.Function):
+    """The rows of all processes; the gradient of a process's own rows is the sum over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """From `(n, ...)` to `(world * n, ...)`."""
+        pieces = [torch.empty_like(x) for _ in range(_world())]
+        torch.distributed.all_gather(pieces, x)
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """From `(world * n, ...)` to `(n, ...)`."""
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(_world())[_rank()]
+
+
 def gathered(x: Tensor) -> Tensor:
     """The rows of all processes in their order; gradients flow back to where they came from."""
     if _world() == 1:
         return x
-    return torch.cat(distributed.all_gather(x.contiguous()))  # type: ignore[no-untyped-call]
+    rows: Tensor = _Gather.apply(x.contiguous())
+    return rows
 
 
 def _world() -> int:
@@ -237,7 +255,7 @@ def fit(
         epochs: in all.
         title: of the progress bar.
         device: where; None: the CPU.
-        devices: how many; more than one train with DDP.
+        devices: how many; more than one train with DDP. Under torchrun of no effect: its processes train.
         precision: Lightning's name for it.
         tensorboard: also log for TensorBoard.
 
@@ -246,14 +264,20 @@ def fit(
         VggencError: losses that become NaN or infinite.
     """
     device = device or torch.device("cpu")
+    nodes = 1
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    several = devices * nodes > 1
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
         trainer = lightning.Trainer(
             accelerator=device.type,
-            devices=devices if device.index is None or devices > 1 else [device.index],
-            strategy="ddp" if devices > 1 else "auto",
+            devices=devices if device.index is None or several else [device.index],
+            num_nodes=nodes,
+            strategy="ddp" if several else "auto",
             precision=precision,  # type: ignore[arg-type]
             max_epochs=epochs,
             gradient_clip_val=CLIP,
@@ -262,7 +286,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            sync_batchnorm=devices > 1 and device.type != "cpu",
+            sync_batchnorm=several and device.type != "cpu",
             log_every_n_steps=10,
         )
         last = folder / LAST
