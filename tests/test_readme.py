@@ -14,6 +14,7 @@ from vggenc.cli import main
 from vggenc.stages import OUTPUTS, STAGES
 
 TEXT = (ROOT / "README.md").read_text()
+SCALE = (ROOT / "docs" / "scale.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -43,6 +44,7 @@ def run(line: str, monkeypatch) -> None:
         assert not caught.value.code
 
 
+@pytest.mark.slow
 def test_every_snippet_runs_and_prints_what_stands_beside_it(elsewhere, monkeypatch):
     setup, *shell = blocks("bash")
     run(setup.splitlines()[0].split(" && ")[1], monkeypatch)
@@ -117,3 +119,19 @@ def test_every_test_that_backs_the_table_of_faults_exists():
         names = re.findall(r"`(test_\w+)(?:\.py)?`", row.split("|")[3])
         assert names, row
         assert all(f"def {name}(" in code or (ROOT / "tests" / f"{name}.py").exists() for name in names), row
+
+
+def test_commands_of_the_page_on_scale_have_their_options(vggenc):
+    lines = re.findall(r"(?:^|-- |-m )vggenc (.*)$", SCALE.replace("\\\n", ""), re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        assert vggenc(*shlex.split(line), "--help").returncode == 0
+        assert vggenc(*shlex.split(line), "--no-such-option", "--help").returncode == 2
+
+
+def test_the_check_of_the_page_on_scale_runs(elsewhere, monkeypatch, capsys):
+    run("vggenc extract examples/images --output features --weights OXFORD_V1 --image-size 32", monkeypatch)
+    capsys.readouterr()
+    [block] = re.findall(r"^```python\n(.*?)^```", SCALE, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.splitlines()[:2] == ["12 Counter({'ok': 12})", "True"]
