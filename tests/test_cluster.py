@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -293,8 +294,8 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         pass
 
 
-def decoded(images, options):
-    step = cluster._Decoder(REGISTRY[0].preprocess.at(32), options)
+def decoded(images, options, versions=None):
+    step = cluster._Decoder(REGISTRY[0].preprocess.at(32), options, versions or {})
     return step({"part": 3, "images": pickle.dumps(images)})
 
 
@@ -339,3 +340,10 @@ def test_an_error_of_ours_goes_on_as_the_items(monkeypatch):
     item = decoded(ImageList("s3://bucket", ["a.png"]), Options())
     assert str(pickle.loads(item["error"])) == "s3://bucket doesn't answer"
     assert cluster._Step()(item) == item  # later steps pass it on
+
+
+def test_a_node_that_would_decode_otherwise_says_what_differs(folder):
+    item = decoded(find_images(folder), Options(), {"pillow": "1.0"})
+    error = pickle.loads(item["error"])
+    assert isinstance(error, UsageError)
+    assert f"would compute otherwise: pillow was '1.0', now '{version('pillow')}'" in str(error)

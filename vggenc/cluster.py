@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from typing_extensions import Self
 
 from vggenc.compute import chunked, computed, joined
 from vggenc.encoder import VGG19Encoder
-from vggenc.engines import Engine, pick, without
+from vggenc.engines import DECODING, Engine, pick, without
 from vggenc.errors import StoreError, UsageError, VggencError
 from vggenc.images import ImageDataset, Preprocess, Row
 from vggenc.inputs import ImageList
@@ -94,7 +95,7 @@ class Workers:
                 socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
             with _silence():
                 ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-            if main:  # Ray has put its own there
+            if main and terminated is not None:  # Ray has put its own there
                 signal.signal(signal.SIGTERM, terminated)
         except (OSError, RuntimeError, ValueError) as error:
             hint = "" if "RAY_AUTH_MODE" in os.environ else " (if it has tokens: RAY_AUTH_MODE=token)"
@@ -158,6 +159,7 @@ class Workers:
         if engine.calibrates:
             with store.calibrated(resumed=True) as file:
                 calibrated = {one.name: one.read_bytes() for one in (file, file.with_suffix(".bin"))}
+        here = engine.settings()
         outputs = tuple(engine.shapes)
         needed = {module for name in outputs for module in OUTPUTS[name]}
         values = without(encoder, set(MODULES) - needed)
@@ -177,7 +179,11 @@ class Workers:
         blocks.context.enable_progress_bars = False
         data = blocks.map(
             _Decoder,
-            fn_constructor_kwargs={"preprocess": engine.preprocess, "options": options},
+            fn_constructor_kwargs={
+                "preprocess": engine.preprocess,
+                "options": options,
+                "versions": {name: here["versions"][name] for name in DECODING},
+            },
             compute=pool(min_size=1, max_size=None),
             **self._decoding,
         ).map(
@@ -234,10 +240,11 @@ class _Step:
 class _Decoder(_Step):
     """Reads and decodes, in a process of its own that may die: `rows`, and `pixels` of the good ones."""
 
-    def __init__(self, preprocess: Preprocess, options: Options) -> None:
-        self._preprocess, self._options = preprocess, options
+    def __init__(self, preprocess: Preprocess, options: Options, versions: dict[str, str]) -> None:
+        self._preprocess, self._options, self._versions = preprocess, options, versions
 
     def do(self, item: Item) -> Item:
+        _check_same(self._versions, {name: version(name) for name in self._versions})
         images: ImageList = pickle.loads(item["images"])
         if not is_url(images.root) and not os.path.isdir(images.root):
             raise UsageError(f"{socket.gethostname()} has no {images.root}, which all nodes must see")
@@ -276,8 +283,7 @@ class _Computer(_Step):
         encoder, calibrated = ray.get(self._values)
         engine = Engine(encoder.to(self._device), self._outputs, self._options)
         here = engine.settings()
-        if found := differences({name: self._writer.manifest["settings"][name] for name in here}, here):
-            raise UsageError(f"{socket.gethostname()} would compute otherwise: {'; '.join(found)}")
+        _check_same({name: self._writer.manifest["settings"][name] for name in here}, here)
         with tempfile.TemporaryDirectory() as scratch:
             for name, content in calibrated.items():
                 (Path(scratch) / name).write_bytes(content)
@@ -289,6 +295,12 @@ class _Computer(_Step):
         with self._computing:
             batch = joined(list(computed(batches, self._engine)))
         return {"tally": pickle.dumps(self._writer.write(int(item["part"]), *batch))}
+
+
+def _check_same(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """See that this node has the versions and means that the manifest names."""
+    if found := differences(there, here):
+        raise UsageError(f"{socket.gethostname()} would compute otherwise: {'; '.join(found)}")
 
 
 def _batches(rows: list[Row], pixels: NDArray[np.uint8], size: int) -> Iterator[tuple[list[Row], Pixels]]:

@@ -23,6 +23,8 @@ from vggenc.trunks import NcnnTrunk, OpenVinoTrunk, Tap, TorchTrunk, bound, flop
 Arrays = dict[str, NDArray[np.floating]]
 Trunk = TorchTrunk | NcnnTrunk | OpenVinoTrunk
 _TRUNKS: dict[str, type[Trunk]] = {"torch": TorchTrunk, "ncnn": NcnnTrunk, "openvino": OpenVinoTrunk}
+DECODING = ("vggenc", "torchvision", "pillow")
+"""Packages whose versions decide the pixels."""
 _SAFE = 1e36
 """Magnitude below which nothing overflows in fp32 or bf16, a Winograd convolution's sums included."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,7 +165,7 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What decides the values here, for a manifest."""
-        packages = ("vggenc", "torchvision", "pillow", "torch", *_TRUNKS[self.name].packages)
+        packages = (*DECODING, "torch", *_TRUNKS[self.name].packages)
         versions = {name: version(name) for name in packages}
         facts = {"engine": self.name, "precision": self.precision, "compile": self._compile}
         return {**facts, "versions": versions}

@@ -144,7 +144,7 @@ def extract(
         stack.enter_context(store)
         stack.enter_context(_telling(store))
         tallies = store.tallies()
-        missing = store.missing()
+        missing = [part for part in range(store.parts()) if part not in tallies]
         computed = sum(len(store.part_rows(part)) for part in missing)
         start = time.perf_counter()
         if missing:

@@ -304,7 +304,7 @@ class Store:
 
     def tallies(self) -> dict[int, Tally]:
         """What the parts came to that are there, by number."""
-        there = sorted(set(range(self.parts())) - set(self.missing()))
+        there = sorted(set(range(self.parts())).difference(self.missing()))
         tables = iter_parts(self.folder, ["path", "status", "error"], partial=True) if there else ()
         return dict(zip(there, map(_tally, tables), strict=True))
 
